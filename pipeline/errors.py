@@ -1,0 +1,57 @@
+"""What can go wrong, and the exit code each gives.
+
+::
+
+    CherryError                exit 1
+    ├── ConfigError            exit 2   the config is wrong; nothing was started
+    ├── InputError             exit 2   the corpus cannot be read as asked
+    ├── ModelError             exit 2   the model or its tokenizer cannot be used
+    ├── ShardError             exit 1   a shard turned out to be unreadable while running
+    ├── StorageError           exit 1   an object could not be written or read back
+    └── AccountingError        exit 1   the parts do not add up to the input
+
+A message names what, where, what was got, what was expected and what to do about it. A run
+that finishes above ``score.max_error_fraction``, or that had to skip a shard, is no exception:
+it keeps what it scored and exits with ``EXIT_TOLERANCE``.
+"""
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_TOLERANCE = 3
+
+
+class CherryError(Exception):
+    """Base of every error that is shown to the user as a message, without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(CherryError):
+    """The config, or the command line over it, is wrong."""
+
+    exit_code = EXIT_REFUSED
+
+
+class InputError(CherryError):
+    """The input does not exist, may not be read, or is not what the config says it is."""
+
+    exit_code = EXIT_REFUSED
+
+
+class ModelError(CherryError):
+    """The model or its tokenizer is missing, incomplete or unfit for the settings."""
+
+    exit_code = EXIT_REFUSED
+
+
+class ShardError(CherryError):
+    """A shard whose footer was sound could not be read, or changed, while the run was on."""
+
+
+class StorageError(CherryError):
+    """An object could not be written, or is not what was written."""
+
+
+class AccountingError(CherryError):
+    """Rows were lost or doubled: the parts do not add up to the input."""

@@ -1,0 +1,398 @@
+"""Rendering: from a canonical sample to token ids and the spans that are scored.
+
+The prompt and the response are tokenised together, once, as training would see them; spans are
+found by character offsets, never by searching text or by a second tokenisation::
+
+    text      ...### Response:Paris is the capital.
+                 ^ marker     ^ response           ^ end          (characters)
+    tokens    ... ###| Response|:|Paris| is| the| capital|.
+                 ^ direct_start  ^ start                   ^ end  (token indices)
+
+    conditioned pass   prefix + ids                   scores ids[conditioned_start:end]
+    direct pass        prefix + ids[direct_start:end] scores ids[direct_scored_start:end]
+
+`prefix` is what ``tokenizer(text)`` itself puts in front (BOS, for tokenizers that add one). A
+token that straddles the response's first character is context and is scored on neither side.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config import TemplateName
+from pipeline.errors import ModelError
+from pipeline.samples import Message, Sample
+
+RENDERING_VERSION = 1
+
+# Chat templates may print today's date; a score must not depend on the day it was computed.
+_TEMPLATE_DATE = datetime(2024, 7, 26)
+
+
+@dataclass(frozen=True)
+class TextTemplate:
+    """A prompt template that is plain text. Each prompt ends with the marker."""
+
+    with_input: str
+    without_input: str
+    marker: str = ""
+    system: str = ""
+    """Default of `{system}`; a sample's own system message replaces it. A template without
+    `{system}` puts such a message before the instruction, a blank line between."""
+    next_turn: str | None = None
+    """How a further turn follows a response; None: the template has single turns only."""
+
+
+_ALPACA_TAIL = (
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
+)
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+TEXT_TEMPLATES: dict[TemplateName, TextTemplate] = {
+    "alpaca": TextTemplate(
+        with_input="Below is an instruction that describes a task, paired with an input that "
+        "provides further context. " + _ALPACA_TAIL + "\n\n### Input:\n{input}\n\n### Response:",
+        without_input="Below is an instruction that describes a task. "
+        + _ALPACA_TAIL
+        + "\n\n### Response:",
+        marker="### Response:",
+    ),
+    "wizardlm": TextTemplate(
+        with_input="{instruction}\n{input}\n\n### Response:",
+        without_input="{instruction}\n\n### Response:",
+        marker="### Response:",
+    ),
+    # Cherry_LLM's Vicuna prompt. Its direct side starts with 'ASSISTANT:', which inside the prompt
+    # shares its first token with the space before it; here the direct side keeps that token.
+    "vicuna": TextTemplate(
+        with_input="{system} USER: {instruction}\nInput:\n{input} ASSISTANT:",
+        without_input="{system} USER: {instruction} ASSISTANT:",
+        marker="ASSISTANT:",
+        system=_VICUNA_SYSTEM,
+        next_turn="{eos}USER: {instruction} ASSISTANT:",
+    ),
+    "plain": TextTemplate(
+        with_input="{instruction}\n{input}\n",
+        without_input="{instruction}\n",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TextTurn:
+    """Character offsets of one assistant turn in a render."""
+
+    marker: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TokenTurn:
+    """Token indices of one assistant turn, into `RenderedSample.input_ids`."""
+
+    direct_start: int
+    """First token of the direct pass (after the prefix)."""
+    conditioned_start: int
+    """First token scored in the conditioned pass."""
+    direct_scored_start: int
+    """First token scored in the direct pass; equal to conditioned_start when paired."""
+    end: int
+    """One past the last response token."""
+
+    @property
+    def num_conditioned(self) -> int:
+        """Tokens scored in the conditioned pass."""
+        return max(0, self.end - self.conditioned_start)
+
+    @property
+    def num_direct(self) -> int:
+        """Tokens scored in the direct pass."""
+        return max(0, self.end - self.direct_scored_start)
+
+
+@dataclass(frozen=True)
+class RenderedSample:
+    """One row, ready for the engine; `input_ids` starts with the prefix."""
+
+    status: str
+    reason: str | None = None
+    input_ids: tuple[int, ...] | list[int] = ()
+    turns: tuple[TokenTurn, ...] = ()
+    num_prompt_tokens: int = 0
+    truncated: bool = False
+
+
+class _Malformed(ValueError):
+    """A sample that this template cannot render; the message is the reason stored with it."""
+
+
+class Renderer:
+    """Renders samples under one template, tokenizer and length limit."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: TemplateName,
+        max_length: int,
+        pair_tokens: bool,
+    ) -> None:
+        """Prepare the tokenizer.
+
+        Raises:
+            ModelError: The tokenizer has no fast backend, or template is `chat` and it has none.
+        """
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.pair_tokens = pair_tokens
+        self._backend = exact_offsets_backend(tokenizer)
+        self.prefix_ids = prefix_token_ids(self._backend)
+        if template == "chat" and not tokenizer.chat_template:
+            raise ModelError(
+                f"tokenizer of {tokenizer.name_or_path}: it has no chat template, which preset or "
+                "template 'chat' needs. A base model scores best under score.preset: cherry."
+            )
+
+    @property
+    def template_text(self) -> str:
+        """Everything of the template that can change a score, for the fingerprint."""
+        if self.template == "chat":
+            return str(self.tokenizer.chat_template)
+        return repr(TEXT_TEMPLATES[self.template])
+
+    def __call__(self, samples: Sequence[Sample]) -> list[RenderedSample]:
+        """Render, tokenise and find the scored spans; one result per sample, in order."""
+        results: list[RenderedSample | None] = []
+        texts: list[str] = []
+        pending: list[tuple[int, list[TextTurn]]] = []
+        for sample in samples:
+            try:
+                if sample.malformed is not None:
+                    raise _Malformed(sample.malformed)
+                messages = until_last_answer(sample.messages)
+                if not messages:
+                    results.append(RenderedSample("empty_response"))
+                    continue
+                text, turns = self._render(messages)
+            except _Malformed as err:
+                results.append(RenderedSample("malformed", reason=str(err)))
+                continue
+            pending.append((len(results), turns))
+            texts.append(text)
+            results.append(None)
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        for (index, turns), encoding in zip(pending, encodings, strict=True):
+            offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            results[index] = self._find_spans(encoding.ids, offsets, turns)
+        return [result for result in results if result is not None]
+
+    def _render(self, messages: tuple[Message, ...]) -> tuple[str, list[TextTurn]]:
+        if self.template == "chat":
+            return self._render_chat(messages)
+        eos = str(self.tokenizer.eos_token or "")
+        return render_text(TEXT_TEMPLATES[self.template], messages, eos)
+
+    def _render_chat(self, messages: tuple[Message, ...]) -> tuple[str, list[TextTurn]]:
+        chat = chat_messages(messages)
+        whole = self._apply(chat, prompt=False)
+        if any("tool_calls" in m for m in chat):
+            silent = [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat]
+            if self._apply(silent, prompt=False) == whole:
+                raise _Malformed("tool_call")
+        turns = []
+        for index, message in enumerate(chat):
+            content = message["content"]
+            if message["role"] != "assistant" or not content.strip():
+                continue
+            before = self._apply(chat[:index], prompt=False)
+            head = self._apply(chat[:index], prompt=True)
+            if not (head.startswith(before) and whole.startswith(head + content)):
+                raise _Malformed("template")
+            turns.append(TextTurn(len(before), len(head), len(head) + len(content)))
+        return whole, turns
+
+    def _apply(self, chat: list[dict[str, Any]], *, prompt: bool) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    chat,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    strftime_now=_TEMPLATE_DATE.strftime,
+                )
+            )
+        # What a template does with a chat it was not written for: raise_exception, a missing
+        # key, messages[0] of an empty list, or string operations on what is no string.
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as err:
+            raise _Malformed("template") from err
+
+    def _find_spans(
+        self, ids: list[int], offsets: npt.NDArray[np.int64], turns: list[TextTurn]
+    ) -> RenderedSample:
+        num_prefix = len(self.prefix_ids)
+        if num_prefix and tuple(ids[:num_prefix]) == self.prefix_ids:
+            shift = 0  # the chat render holds BOS already
+        else:
+            ids = [*self.prefix_ids, *ids]
+            shift = num_prefix
+        limit = min(len(ids), self.max_length)
+        starts, ends = offsets[:, 0], offsets[:, 1]
+        found = []
+        for turn in turns:
+            start = int(np.searchsorted(starts, turn.start, side="left")) + shift
+            end = min(int(np.searchsorted(ends, turn.end, side="right")) + shift, limit)
+            # The token that holds the marker's first character; with no marker, the first
+            # response token (marker == start then, and a straddling token is context there too).
+            direct = int(np.searchsorted(ends, turn.marker, side="right")) + shift
+            if turn.marker == turn.start:
+                direct = start
+            found.append(self._token_turn(max(direct, num_prefix), start, end, limit))
+        truncated = len(ids) > self.max_length
+        num_prompt_tokens = min(int(np.searchsorted(starts, turns[0].start)) + shift, limit)
+        answered = [t for t in found if t.num_conditioned or t.num_direct]
+        if not answered and truncated:
+            return RenderedSample(
+                "prompt_overlong", num_prompt_tokens=num_prompt_tokens, truncated=True
+            )
+        # Superfiltering's unpaired means need a token on each side, paired ones have both or none.
+        if not sum(t.num_conditioned for t in found) or not sum(t.num_direct for t in found):
+            return RenderedSample("too_short", num_prompt_tokens=num_prompt_tokens)
+        return RenderedSample(
+            "ok",
+            input_ids=ids[: max(t.end for t in found)],
+            turns=tuple(found),
+            num_prompt_tokens=num_prompt_tokens,
+            truncated=truncated,
+        )
+
+    def _token_turn(self, direct: int, start: int, end: int, limit: int) -> TokenTurn:
+        """Leave out what has no loss: the first token of a sequence predicts, nothing predicts it.
+
+        Example, markerless without BOS, response ids [7, 8, 9] at 4: the direct pass is [7, 8, 9]
+        and scores 8 and 9; paired, the conditioned pass scores 8 and 9 too.
+        """
+        start = min(start, limit)
+        conditioned_start = max(start, 1)
+        has_context = len(self.prefix_ids) + start - direct > 0
+        direct_scored_start = start if has_context else start + 1
+        if self.pair_tokens:
+            conditioned_start = direct_scored_start = max(conditioned_start, direct_scored_start)
+        return TokenTurn(min(direct, end), conditioned_start, direct_scored_start, end)
+
+
+def until_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages up to the last answer with content; empty if there is none."""
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index].role == "assistant" and messages[index].content.strip():
+            return messages[: index + 1]
+    return ()
+
+
+def render_text(
+    template: TextTemplate, messages: tuple[Message, ...], eos: str
+) -> tuple[str, list[TextTurn]]:
+    """Render under a text template; spans follow from the lengths of what is put together.
+
+    Raises:
+        ValueError: The reason for `malformed`: tool_call, multi_turn or turn_order.
+    """
+    if any(m.role == "tool" or "tool_calls" in m.extra for m in messages):
+        raise _Malformed("tool_call")
+    system = "\n\n".join(m.content for m in messages if m.role == "system")
+    rest = [m for m in messages if m.role != "system"]
+    text = ""
+    turns: list[TextTurn] = []
+    while rest:
+        if text and template.next_turn is None:
+            raise _Malformed("multi_turn")
+        roles = [m.role for m in rest[:3]]
+        if roles[:2] == ["user", "assistant"]:
+            (user, answer), extra = rest[:2], None
+        elif roles == ["user", "input", "assistant"]:
+            user, extra, answer = rest[:3]
+        else:
+            raise _Malformed("multi_turn" if template.next_turn is None else "turn_order")
+        rest = rest[2 if extra is None else 3 :]
+        if text:
+            text += str(template.next_turn).format(eos=eos, instruction=user.content)
+        else:
+            text += _first_prompt(template, system, user, extra)
+        start = len(text)
+        text += answer.content
+        if answer.content.strip():
+            turns.append(TextTurn(start - len(template.marker), start, len(text)))
+    return text, turns
+
+
+def _first_prompt(template: TextTemplate, system: str, user: Message, extra: Message | None) -> str:
+    pattern = template.without_input if extra is None else template.with_input
+    instruction = user.content
+    if system and not template.system:
+        instruction = f"{system}\n\n{instruction}"
+    # str.format reads fields from the template only: braces in a content stay braces.
+    return pattern.format(
+        system=system or template.system,
+        instruction=instruction,
+        input="" if extra is None else extra.content,
+    )
+
+
+def chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them; an Alpaca input joins its instruction by a newline."""
+    chat: list[dict[str, Any]] = []
+    for message in messages:
+        if message.role == "input":
+            chat[-1]["content"] += "\n" + message.content
+        else:
+            chat.append({"role": message.role, "content": message.content, **message.extra})
+    return chat
+
+
+def exact_offsets_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The fast tokenizer, with offsets that cover every character.
+
+    Byte-level tokenizers may be saved with `trim_offsets`: a token ' the' then claims to begin
+    after its space, and one that straddles the prompt's last space would look like response.
+
+    Raises:
+        ModelError: The tokenizer has no fast backend.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelError(
+            f"tokenizer of {tokenizer.name_or_path}: got {type(tokenizer).__name__}, expected one "
+            "with a tokenizer.json (a fast tokenizer), which gives character offsets."
+        )
+    state = json.loads(backend.to_str())
+    state["truncation"] = state["padding"] = None
+    _untrim(state.get("post_processor"))
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _untrim(processor: Any) -> None:
+    if isinstance(processor, dict):
+        if "trim_offsets" in processor:
+            processor["trim_offsets"] = False
+        for part in processor.get("processors", []):
+            _untrim(part)
+
+
+def prefix_token_ids(backend: Tokenizer) -> tuple[int, ...]:
+    """What the tokenizer puts before a text: `[BOS]`, or nothing, whatever `bos_token` says."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start])
+    raise ModelError(f"tokenizer: its special tokens {full} do not surround its text {bare}.")

@@ -1,0 +1,147 @@
+"""What a person sees: progress while scoring, and the summary on the terminal.
+
+Corpus text is foreign: it is shown as `Text`, never as markup, and without control characters.
+"""
+
+import time
+import unicodedata
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.run import Result, Summary
+from pipeline.samples import read_samples
+from pipeline.schemas import STATUSES
+from pipeline.scoring import UnitDone, read_rows
+from pipeline.units import Plan
+
+_SECONDS_BETWEEN_LINES = 10.0
+_EXCERPT = 160
+"""Characters shown of a prompt and of a response."""
+
+
+class ScoringProgress:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        """Show progress on `console`."""
+        self._console = console
+        self._bar = Progress(
+            TextColumn("scoring"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("units  {task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._task = (
+            None if not console.is_terminal else self._bar.add_task("", total=None, speed="")
+        )
+        self._done = self._tokens = 0
+        self._started = 0.0
+        self._said = time.monotonic()
+
+    def __enter__(self) -> "ScoringProgress":
+        """Start drawing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Clear the bar."""
+        self._bar.stop()
+
+    def __call__(self, unit: UnitDone, total: int) -> None:
+        """Take note of a finished unit."""
+        self._done += 1
+        self._tokens += unit.tokens
+        self._started = min(self._started or unit.started, unit.started)
+        elapsed = unit.committed - self._started
+        speed = f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed > 0 else ""
+        if self._task is not None:
+            self._bar.start()
+            self._bar.update(self._task, total=total, completed=self._done, speed=speed)
+        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES or self._done == total:
+            self._said = time.monotonic()
+            self._console.print(f"scored {self._done} of {total} units, {speed}", highlight=False)
+
+
+def show(result: Result, console: Console) -> None:
+    """Print the summary of a run."""
+    summary = result.summary
+    console.print(_status_table(summary))
+    console.print(_facts(result))
+    if result.survey and result.survey.highest:
+        by = result.selection.manifest["settings"]["by"] if result.selection else ""
+        console.print(_samples(result.plan, result.survey.highest, f"Highest {by}"))
+        console.print(_samples(result.plan, result.survey.lowest, f"Lowest {by}"))
+    console.print(_files(summary))
+
+
+def plain(text: str, limit: int = _EXCERPT) -> str:
+    """Text on one line, without control or formatting characters, cut at `limit`."""
+    kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[: 4 * limit])
+    line = " ".join(kept.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _status_table(summary: Summary) -> Table:
+    table = Table(title="Rows", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("status")
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+    for status in STATUSES:
+        if count := summary.rows_by_status.get(status):
+            table.add_row(status, f"{count:,}", f"{100 * count / summary.rows:.1f} %")
+    table.add_row("all", f"{summary.rows:,}", "", style="bold")
+    return table
+
+
+def _facts(result: Result) -> Group:
+    summary = result.summary
+    lines = [
+        f"{summary.units_scored} units scored, {summary.units_reused} reused"
+        + (
+            f"; {summary.tokens_scored:,} tokens at {summary.tokens_per_s:,.0f} tokens/s"
+            if summary.tokens_per_s
+            else ""
+        )
+        + f"; {summary.seconds:.1f} s in all"
+    ]
+    if result.selection:
+        manifest = result.selection.manifest
+        asked = manifest["asked_rows"]
+        kept = f"{summary.selected_rows:,} rows kept of {manifest['eligible_rows']:,} eligible"
+        if asked is not None and asked > manifest["selected_rows"]:
+            kept += f" ({asked:,} were asked for: fewer are eligible)"
+        if summary.cut is not None:
+            kept += f"; the cut is at {manifest['settings']['by']} {summary.cut:.6f}"
+        lines.append(kept)
+        for reason, count in manifest["rejected_rows"].items():
+            lines.append(f"{count:,} scored rows not eligible: {reason}")
+        if manifest["duplicate_rows"]:
+            lines.append(f"{manifest['duplicate_rows']:,} duplicates above the cut passed over")
+    lines += [f"skipped: {reason}" for reason in summary.skipped_shards]
+    return Group("", *(Text(line) for line in lines), "")
+
+
+def _samples(plan: Plan, rows: list[tuple[float, int, int]], title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_lines=True, show_edge=False, expand=True)
+    table.add_column("IFD", justify="right", no_wrap=True)
+    table.add_column("prompt", ratio=1)
+    table.add_column("response", ratio=1)
+    for ratio, unit_index, row in rows:
+        unit = plan.units[unit_index]
+        sample = next(read_samples(read_rows(unit).slice(row - unit.start, 1), unit.columns))
+        prompt = " ".join(m.content for m in sample.messages if m.role in ("user", "input"))
+        answer = " ".join(m.content for m in sample.messages if m.role == "assistant")
+        table.add_row(f"{ratio:.4f}", Text(plain(prompt)), Text(plain(answer)))
+    return table
+
+
+def _files(summary: Summary) -> Group:
+    lines = [f"scores   {summary.scores_path}"]
+    if summary.cherry_path:
+        lines += [f"cherry   {summary.cherry_path}", f"manifest {summary.manifest}"]
+    return Group("", *(Text(line, overflow="fold") for line in lines))

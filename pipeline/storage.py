@@ -1,0 +1,296 @@
+"""Object storage through fsspec: read, list, and publish once.
+
+Every object of a run is written whole and at most once. ``publish`` makes it appear atomically
+and only if it is absent, so the first writer wins and an object that exists is work that is done:
+
+* object stores: one conditional PUT (``If-None-Match: *``);
+* file systems: a temporary file, fsync, and a hard link, which does not replace.
+"""
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import InputError, StorageError
+
+# 409: another conditional PUT of the same key is in flight (S3); 412: the key exists.
+_EXISTS_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "409", "412"}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One listed object."""
+
+    url: str
+    """With its protocol; a plain absolute path for local files."""
+    size: int
+    """Bytes."""
+    version: str
+    """ETag where the store has one, else modification time: changes when the content does."""
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it."""
+    try:
+        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    except (ValueError, ImportError) as err:
+        raise InputError(f"{url}: no file system for this URL: {err}") from None
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL is a path of this machine."""
+    return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
+def join(base: str, *names: str) -> str:
+    """`a/b` + `c` -> `a/b/c`, on URLs and paths alike."""
+    return "/".join([base.rstrip("/"), *names])
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute; other URLs as they are, less a trailing slash."""
+    fs, path = filesystem(url)
+    return path if isinstance(fs, LocalFileSystem) else url.rstrip("/")
+
+
+@contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Turn what storage says into errors that name the object and the fix."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{url}: there is no such file, directory or bucket.") from None
+    except NoCredentialsError:
+        raise InputError(
+            f"{url}: no credentials were found. Set them in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)."
+        ) from None
+    except PermissionError as err:
+        raise InputError(
+            f"{url}: permission denied ({err}). The credentials in the environment may not read "
+            "it: check the key, the bucket's policy and AWS_ENDPOINT_URL."
+        ) from None
+    except (BotoCoreError, ClientError) as err:
+        raise InputError(f"{url}: storage refused: {err}") from err
+    except OSError as err:
+        raise InputError(f"{url}: cannot be read: {err}") from err
+
+
+def list_objects(url: str) -> list[ObjectInfo]:
+    """All files under a directory, matched by a glob, or the one file named; sorted by URL.
+
+    A missing directory lists as empty only where the store has no directories to miss; elsewhere
+    it raises InputError.
+    """
+    fs, path = filesystem(url)
+    with reading(url):
+        fs.invalidate_cache()
+        if fs.isfile(path) if not _is_glob(path) else False:
+            found = {path: fs.info(path)}
+        elif _is_glob(path):
+            found = fs.glob(path, detail=True)
+        else:
+            if not fs.exists(path):
+                raise FileNotFoundError(url)
+            found = fs.find(path, detail=True)
+    return sorted(
+        (
+            ObjectInfo(fs.unstrip_protocol(name) if not _local(fs) else name, size, _version(info))
+            for name, info in found.items()
+            if info["type"] == "file" and (size := int(info["size"] or 0)) >= 0
+        ),
+        key=lambda entry: entry.url,
+    )
+
+
+def list_names(url: str) -> dict[str, str]:
+    """Names directly under a directory, with their versions; empty if it does not exist yet."""
+    fs, path = filesystem(url)
+    with reading(url):
+        fs.invalidate_cache()
+        try:
+            entries = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+    return {
+        PurePosixPath(entry["name"]).name: _version(entry)
+        for entry in entries
+        if entry["type"] == "file"
+    }
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole object."""
+    fs, path = filesystem(url)
+    with reading(url):
+        return bytes(fs.cat_file(path))
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object or a directory at the URL."""
+    fs, path = filesystem(url)
+    with reading(url):
+        fs.invalidate_cache()
+        return bool(fs.exists(path))
+
+
+@contextmanager
+def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet object; a bad one raises InputError that names it."""
+    fs, path = filesystem(url)
+    with reading(url):
+        # pyarrow asks for exact ranges and coalesces them: a read-ahead cache would only add bytes.
+        handle = fs.open(path, "rb", **({} if _local(fs) else {"cache_type": "none"}))
+    with handle:
+        try:
+            parquet = pq.ParquetFile(handle, pre_buffer=True)
+        except (ValueError, OSError) as err:
+            raise InputError(
+                f"{url}: not a readable Parquet file: {err}. Replace it, or set "
+                "input.on_bad_shard: skip."
+            ) from err
+        with parquet:
+            yield parquet
+
+
+def publish(url: str, data: bytes) -> bool:
+    """Make `data` appear at `url`, whole, and only if nothing is there.
+
+    Returns:
+        True if this call wrote it, False if it was there already.
+
+    Raises:
+        StorageError: It could not be written.
+    """
+    fs, path = filesystem(url)
+    try:
+        if _local(fs):
+            return _link_file(path, data)
+        fs.pipe_file(path, data, mode="create")
+        return True
+    except FileExistsError:
+        return False
+    except (OSError, BotoCoreError, ClientError) as err:
+        if _says_exists(err):
+            return False
+        raise StorageError(f"{url}: cannot write {len(data):,} bytes: {err}") from err
+
+
+def replace(url: str, data: bytes) -> None:
+    """Write an object atomically, over whatever is there.
+
+    Raises:
+        StorageError: It could not be written.
+    """
+    fs, path = filesystem(url)
+    try:
+        if _local(fs):
+            _replace_file(path, data)
+        else:
+            fs.pipe_file(path, data)
+    except (OSError, BotoCoreError, ClientError) as err:
+        raise StorageError(f"{url}: cannot write {len(data):,} bytes: {err}") from err
+
+
+def replace_if_unchanged(url: str, data: bytes) -> None:
+    """Point a small object at new content, unless another writer moved it meanwhile.
+
+    The one object that moves is LATEST.json; losing the race to another run is a success, since
+    that run's result is as new as this one's.
+    """
+    fs, path = filesystem(url)
+    try:
+        if _local(fs):
+            _replace_file(path, data)
+            return
+        fs.invalidate_cache()
+        etag = fs.info(path).get("ETag") if fs.exists(path) else None
+        if etag is None:
+            publish(url, data)
+        else:
+            fs.pipe_file(path, data, IfMatch=etag)
+    except (OSError, BotoCoreError, ClientError) as err:
+        if not _says_exists(err):
+            raise StorageError(f"{url}: cannot write: {err}") from err
+
+
+def _link_file(path: str, data: bytes) -> bool:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = _write_temporary(path, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    _sync_directory(path)
+    return True
+
+
+def _replace_file(path: str, data: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.replace(_write_temporary(path, data), path)
+    _sync_directory(path)
+
+
+def _write_temporary(path: str, data: bytes) -> str:
+    # A leading dot and no .parquet ending: no listing takes it for a part.
+    temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}.tmp")
+    with open(temporary, "xb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return temporary
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _says_exists(err: Exception) -> bool:
+    """Whether a failed conditional PUT failed because of its condition.
+
+    s3fs turns 412 into OSError(EINVAL) with the client's error as its cause, or, for some
+    servers, into FileExistsError.
+    """
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, ClientError):
+            return str(cause.response.get("Error", {}).get("Code")) in _EXISTS_CODES
+        cause = cause.__cause__
+    text = str(err)
+    return (
+        isinstance(err, OSError)
+        and err.errno == errno.EINVAL
+        and ("PreconditionFailed" in text or "pre-condition" in text.lower())
+    )
+
+
+def _version(info: dict[str, Any]) -> str:
+    tag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    if tag:
+        return str(tag).strip('"')
+    moment = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
+    return repr(moment) if isinstance(moment, float) else str(moment)
+
+
+def _local(fs: Any) -> bool:
+    return isinstance(fs, LocalFileSystem)
+
+
+def _is_glob(path: str) -> bool:
+    return any(sign in path for sign in "*?[")

@@ -1,0 +1,175 @@
+"""Work units: which rows are scored together, and what names the result.
+
+A unit is a row range of one shard. Its id hashes everything that can change its rows or their
+scores, and names its part, ``<output>/scores/<score_fp>/<unit_id>.parquet``: a part that exists is
+a unit that is done.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from pipeline import storage
+from pipeline.inputs import INGEST_VERSION, Corpus, Shard
+from pipeline.samples import CANONICALISER_VERSION, Columns
+
+_BYTES_PER_TOKEN = 4
+_PASSES = 2  # conditioned and direct
+_SMALL_MODEL_PARAMETERS = 20_000_000
+_UNIT_TOKENS = 2**17
+_UNIT_TOKENS_SMALL = 2**20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A row range of one shard."""
+
+    unit_id: str
+    shard_url: str
+    read_url: str
+    columns: Columns
+    start: int
+    """First row in the shard."""
+    stop: int
+    """One past the last row."""
+    score_fp: str
+    input_fp: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the unit."""
+        return self.stop - self.start
+
+    def to_json(self) -> str:
+        """As it travels to the stages and into a part's metadata."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Unit":
+        """The inverse of `to_json`."""
+        raw = json.loads(text)
+        return cls(**{**raw, "columns": Columns(**raw["columns"])})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of a corpus under one score fingerprint, in the order of shards and rows."""
+
+    units: tuple[Unit, ...]
+    scores_url: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all units."""
+        return sum(unit.num_rows for unit in self.units)
+
+    def part_url(self, unit: Unit) -> str:
+        """Where the unit's part is, or will be."""
+        return storage.join(self.scores_url, f"{unit.unit_id}.parquet")
+
+    def pending(self) -> list[Unit]:
+        """The units that have no part yet: one listing, whatever their number."""
+        done = storage.list_names(self.scores_url)
+        return [unit for unit in self.units if f"{unit.unit_id}.parquet" not in done]
+
+
+def make_plan(
+    corpus: Corpus,
+    output: str,
+    score_fp: str,
+    unit_rows: int | Literal["auto"],
+    num_parameters: int,
+    max_rows: int | None,
+) -> Plan:
+    """Cut a corpus into units.
+
+    A pure function of footers and settings: never of the cluster or of measured speed, so that
+    every run of the same input plans the same units.
+
+    Args:
+        corpus: The shards.
+        output: The run's output.
+        score_fp: Of the scoring settings.
+        unit_rows: Rows of a unit, or `auto`: about 131,072 tokens of both passes (8 s of a 7B
+            model on an H100, two minutes of 135M on two CPU cores), a million for models under
+            20M parameters.
+        num_parameters: Of the model.
+        max_rows: Only the first so many rows.
+    """
+    units: list[Unit] = []
+    left = max_rows
+    for shard in corpus.shards:
+        target = auto_unit_rows(shard, num_parameters) if unit_rows == "auto" else unit_rows
+        for start, stop in cut_rows(shard.row_groups, target):
+            if left is not None:
+                stop = min(stop, start + left)
+                left -= stop - start
+            if stop > start:
+                units.append(_unit(shard, start, stop, score_fp))
+    return Plan(tuple(units), storage.join(storage.absolute(output), "scores", score_fp))
+
+
+def auto_unit_rows(shard: Shard, num_parameters: int) -> int:
+    """Rows that hold about a unit's worth of tokens, going by the footer's text bytes."""
+    small = num_parameters < _SMALL_MODEL_PARAMETERS
+    budget = _UNIT_TOKENS_SMALL if small else _UNIT_TOKENS
+    tokens_per_row = _PASSES * shard.text_bytes / max(1, shard.num_rows) / _BYTES_PER_TOKEN
+    return max(1, round(budget / max(1.0, tokens_per_row)))
+
+
+def cut_rows(row_groups: tuple[int, ...], target: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `target` rows: small row groups whole and together, large ones sliced.
+
+    Example:
+        `cut_rows((3, 3, 3, 10), 5) -> (0, 6), (6, 9), (9, 14), (14, 19)`
+    """
+    start = stop = 0
+    for num_rows in row_groups:
+        pieces = -(-num_rows // target)
+        if pieces > 1:
+            if stop > start:
+                yield start, stop
+            for piece in range(pieces):
+                yield (
+                    stop + num_rows * piece // pieces,
+                    stop + num_rows * (piece + 1) // pieces,
+                )
+            start = stop = stop + num_rows
+            continue
+        stop += num_rows
+        if stop - start >= target:
+            yield start, stop
+            start = stop
+    if stop > start:
+        yield start, stop
+
+
+def fingerprint(values: dict[str, object]) -> str:
+    """Short hash of resolved settings: 64 bits of SHA-256 over sorted JSON."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _unit(shard: Shard, start: int, stop: int, score_fp: str) -> Unit:
+    input_fp = fingerprint(
+        {
+            "layout": shard.columns.layout,
+            "columns": shard.columns.names,
+            "canonicaliser_version": CANONICALISER_VERSION,
+            "ingest_version": INGEST_VERSION,
+        }
+    )
+    identity = [shard.url, shard.size, shard.version, start, stop, score_fp, input_fp]
+    unit_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return Unit(
+        unit_id=unit_id,
+        shard_url=shard.url,
+        read_url=shard.read_url,
+        columns=shard.columns,
+        start=start,
+        stop=stop,
+        score_fp=score_fp,
+        input_fp=input_fp,
+    )
