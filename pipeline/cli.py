@@ -94,7 +94,7 @@ def _execute(
     except (errors.CherryError, RayError) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         known = cause if isinstance(cause, errors.CherryError) else None
-        err.print(Text(f"cherry: {known or cause}"))
+        _say(err, str(known or cause))
         raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
     summary = result.summary
     report.show(result, err if as_json else Console(highlight=False))
@@ -103,14 +103,18 @@ def _execute(
     allowed = settings.score.max_error_fraction
     if summary.failed_fraction > allowed or summary.skipped_shards:
         if summary.failed_fraction > allowed:
-            err.print(
-                Text(
-                    f"cherry: {100 * summary.failed_fraction:.2f} % of the rows failed or are "
-                    f"malformed, more than score.max_error_fraction ({100 * allowed:g} %). What "
-                    f"was scored is kept; the reasons are in {summary.scores_path}."
-                )
+            _say(
+                err,
+                f"{100 * summary.failed_fraction:.2f} % of the rows failed or are malformed, more "
+                f"than score.max_error_fraction ({100 * allowed:g} %). What was scored is kept; "
+                f"the reasons are in {summary.scores_path}.",
             )
         raise typer.Exit(errors.EXIT_TOLERANCE)
+
+
+def _say(err: Console, message: str) -> None:
+    """A message may quote column names and paths of the input: foreign text, never folded."""
+    err.print(Text(f"cherry: {report.visible(message)}"), soft_wrap=True)
 
 
 def _quiet_libraries() -> None:

@@ -151,6 +151,10 @@ class ClusterConfig(_Section):
     because the last bits of a score follow the thread count."""
 
 
+_CREDENTIALS = re.compile(r"://([^/]*|[^/:]+:(?!\d+/)[^@]*)@")
+"""`user:secret@` in any URL of a chain. AWS secrets may hold slashes; `host:8020/` is no secret."""
+
+
 class Config(_Section):
     """A whole run."""
 
@@ -170,7 +174,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _no_secrets_in_urls(self) -> "Config":
         for url in [*self.input.paths, self.output, self.model.path]:
-            if re.match(r"^[a-z0-9+]+://[^/]*@", url):
+            if _CREDENTIALS.search(url):
                 raise ValueError(
                     "a URL carries credentials. Only references travel: take them out and set "
                     "them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"

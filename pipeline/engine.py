@@ -305,7 +305,7 @@ class Engine:
             with _attention(self.model, "eager"):
                 own_TM = self.model.base_model(**inputs).last_hidden_state[0]
                 own_TV = self.model(**inputs).logits[0].float()
-            targets_S = ids_T[-_PROBE_TAIL:].to(self.device)
+            targets_S = ids_T[1:][-_PROBE_TAIL:].to(self.device)
             tail = slice(-1 - len(targets_S), -1)  # the states that predict the targets
             error_S = self._project(packed_TM[tail], targets_S) - self._project(
                 own_TM[tail], targets_S

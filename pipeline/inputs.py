@@ -8,6 +8,8 @@ becomes a malformed row that names its line.
 import hashlib
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,8 +114,13 @@ def _list_path(path: str) -> list[ObjectInfo]:
 
 
 def _hidden(base: str, url: str) -> bool:
-    """Markers and temporary files of other tools: names that begin with '_' or '.'."""
-    return url.rpartition("/")[2].startswith(("_", "."))
+    """Markers and temporary files of other tools: names that begin with '_' or '.'.
+
+    Directories below `base` count too: `_temporary/0/part-0.parquet` is an unfinished job's.
+    """
+    fixed, *wild = re.split(r"[*?[]", base)
+    root = fixed.rpartition("/")[0] if wild else base
+    return any(n.startswith(("_", ".")) for n in url.removeprefix(root).strip("/").split("/"))
 
 
 def _format(url: str) -> str | None:
@@ -150,6 +157,11 @@ def _open_source(entry: ObjectInfo, config: InputConfig, output: str) -> list[Sh
 def _open_shard(entry: ObjectInfo, url: str, read_url: str, config: InputConfig) -> Shard:
     with storage.open_parquet(read_url) as parquet:
         schema = parquet.schema_arrow
+        if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+            raise InputError(
+                f"shard {url}: it has more than one column '{twice[0]}', expected each name once. "
+                "Rename one of them."
+            )
         columns = find_columns(schema, url, config.layout, config.columns)
         wanted = set(columns.names.values())
         row_groups, text_bytes = [], 0
@@ -184,8 +196,8 @@ def _ingest(entry: ObjectInfo, output: str) -> list[str]:
     names = []
     num_good = num_bad = 0
     for number, rows in enumerate(_pieces(_read_rows(entry.url))):
-        num_good += sum(row is not None for row, _ in rows)
-        num_bad += sum(row is None for row, _ in rows)
+        num_good += sum(row is not None for row, _, _ in rows)
+        num_bad += sum(row is None for row, _, _ in rows)
         name = f"piece-{number:05d}.parquet"
         storage.publish(storage.join(folder, name), _to_parquet(rows))
         names.append(name)
@@ -199,8 +211,14 @@ def _ingest(entry: ObjectInfo, output: str) -> list[str]:
     return [storage.join(folder, name) for name in names]
 
 
-_Row = tuple[dict[str, Any] | None, str | None]
-"""An object, or why there is none."""
+_Row = tuple[dict[str, Any] | None, str | None, str]
+"""An object, or why there is none; and where it was: `line 7`."""
+
+_MAX_DEPTH = 32
+"""Levels of lists and objects in a row. Parquet readers stop at 100 levels of their own, of which
+a list takes two: one deep row would make its whole shard unreadable."""
+
+_UTF8_BOM = b"\xef\xbb\xbf"
 
 
 def _pieces(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
@@ -221,20 +239,23 @@ def _read_rows(url: str) -> Iterator[_Row]:
     with storage.reading(url), fs.open(path, "rb") as raw:
         stream = pa.CompressedInputStream(raw, compression) if compression else raw
         lines = io.BufferedReader(stream, 1 << 20) if compression else stream
-        is_array = False
+        is_array = seen = False
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            if line.lstrip()[:1] == b"[":
+            if number == 1:
+                line = line.removeprefix(_UTF8_BOM)
+            if not seen and line.lstrip()[:1] == b"[":
                 is_array = True
                 rest = lines.read()
                 break
+            seen = True
             yield _parse_line(line, f"line {number}")
         if not is_array:
             return
     try:
         elements = json.loads(line + rest)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise InputError(
             f"input {url}: begins with '[' and is no valid JSON array: {err}. Repair it, or set "
             "input.on_bad_shard: skip."
@@ -247,26 +268,29 @@ def _parse_line(line: bytes, where: str) -> _Row:
     try:
         return _as_row(json.loads(line), where)
     except (ValueError, RecursionError) as err:  # bad JSON or bad UTF-8
-        return None, f"{where}: {err}"
+        return None, f"{where}: {err}", where
 
 
 def _as_row(value: Any, where: str) -> _Row:
-    if isinstance(value, dict):
-        return value, None
-    return None, f"{where}: got {type(value).__name__}, expected an object"
+    if not isinstance(value, dict):
+        return None, f"{where}: got {type(value).__name__}, expected an object", where
+    try:
+        return {_storable(k): _storable(v) for k, v in value.items()}, None, where
+    except _TooDeep:
+        return None, f"{where}: nested deeper than {_MAX_DEPTH} levels", where
 
 
 def _to_parquet(rows: list[_Row]) -> bytes:
     names: dict[str, None] = {}  # in order of appearance
-    for row, _ in rows:
+    for row, _, _ in rows:
         names.update(dict.fromkeys(row or ()))
-    reasons = [reason for _, reason in rows]
+    reasons = [reason for _, reason, _ in rows]
     columns = {}
     for name in names:
-        values = [None if row is None else row.get(name) for row, _ in rows]
+        values = [None if row is None else row.get(name) for row, _, _ in rows]
         columns[name], faults = _column(values)
         for index, fault in faults.items():
-            reasons[index] = reasons[index] or f"row {index + 1}: column '{name}': {fault}"
+            reasons[index] = reasons[index] or f"{rows[index][2]}: column '{name}': {fault}"
     columns[BAD_LINE] = pa.array(reasons, pa.string())
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
@@ -279,35 +303,44 @@ def _column(values: list[Any]) -> tuple[pa.Array, dict[int, str]]:
     Scalars of mixed types become text, each in its JSON spelling. Of lists and objects, the rows
     that do not fit the type of the rows before them become null, and are named.
     """
-    safe = [_without_surrogates(v) for v in values]
     try:
-        return pa.array(safe), {}
+        return pa.array(values), {}
     except (pa.ArrowException, OverflowError):
         pass
-    if not any(isinstance(v, (list, dict)) for v in safe):
-        text = [v if v is None or isinstance(v, str) else json.dumps(v) for v in safe]
+    if not any(isinstance(v, (list, dict)) for v in values):
+        text = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
         return pa.array(text, pa.string()), {}
     kind: pa.DataType = pa.null()
     faults: dict[int, str] = {}
-    for index, value in enumerate(safe):
+    for index, value in enumerate(values):
         try:
             seen = pa.schema([("v", pa.array([value]).type)])
             both = [pa.schema([("v", kind)]), seen]
             kind = pa.unify_schemas(both, promote_options="permissive").field("v").type
         except (pa.ArrowException, OverflowError) as err:
             faults[index] = str(err).splitlines()[0]
-    kept = [None if index in faults else value for index, value in enumerate(safe)]
+    kept = [None if index in faults else value for index, value in enumerate(values)]
     return pa.array(kept, kind), faults
 
 
-def _without_surrogates(value: Any) -> Any:
-    """JSON can spell lone surrogates, UTF-8 cannot: they become U+FFFD, as other readers do."""
+class _TooDeep(ValueError):
+    """A value that Parquet could hold but not give back."""
+
+
+def _storable(value: Any, depth: int = 1) -> Any:
+    """A JSON value as Parquet can hold it.
+
+    JSON can spell lone surrogates, UTF-8 cannot: they become U+FFFD, as other readers do. An
+    object without keys becomes null: Parquet has no struct without fields.
+    """
     if isinstance(value, str):
         if value.isascii():
             return value
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, (list, dict)) and depth == _MAX_DEPTH:
+        raise _TooDeep
     if isinstance(value, list):
-        return [_without_surrogates(v) for v in value]
+        return [_storable(v, depth + 1) for v in value]
     if isinstance(value, dict):
-        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
+        return {_storable(k): _storable(v, depth + 1) for k, v in value.items()} or None
     return value

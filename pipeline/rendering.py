@@ -18,7 +18,6 @@ token that straddles the response's first character is context and is scored on 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -33,8 +32,9 @@ from pipeline.samples import Message, Sample
 
 RENDERING_VERSION = 1
 
-# Chat templates may print today's date; a score must not depend on the day it was computed.
-_TEMPLATE_DATE = datetime(2024, 7, 26)
+# Chat templates may print today's date; a score must not depend on the day it was computed. The
+# empty expression keeps Jinja's trim_blocks from eating a newline that the template begins with.
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Renderer:
                     chat,
                     tokenize=False,
                     add_generation_prompt=prompt,
-                    strftime_now=_TEMPLATE_DATE.strftime,
+                    chat_template=_FIXED_DATE + str(self.tokenizer.chat_template),
                 )
             )
         # What a template does with a chat it was not written for: raise_exception, a missing

@@ -76,7 +76,7 @@ def show(result: Result, console: Console) -> None:
         by = result.selection.manifest["settings"]["by"] if result.selection else ""
         console.print(_samples(result.plan, result.survey.highest, f"Highest {by}"))
         console.print(_samples(result.plan, result.survey.lowest, f"Lowest {by}"))
-    console.print(_files(summary))
+    console.print(_files(summary), soft_wrap=True)
 
 
 def plain(text: str, limit: int = _EXCERPT) -> str:
@@ -84,6 +84,11 @@ def plain(text: str, limit: int = _EXCERPT) -> str:
     kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[: 4 * limit])
     line = " ".join(kept.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """Lines of text with control and formatting characters shown as U+FFFD."""
+    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
 
 
 def _status_table(summary: Summary) -> Table:
@@ -122,7 +127,7 @@ def _facts(result: Result) -> Group:
             lines.append(f"{count:,} scored rows not eligible: {reason}")
         if manifest["duplicate_rows"]:
             lines.append(f"{manifest['duplicate_rows']:,} duplicates above the cut passed over")
-    lines += [f"skipped: {reason}" for reason in summary.skipped_shards]
+    lines += [f"skipped: {visible(reason)}" for reason in summary.skipped_shards]
     return Group("", *(Text(line) for line in lines), "")
 
 

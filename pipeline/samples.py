@@ -12,6 +12,7 @@ empty one is no message, so that the same text has the same identity in every la
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -71,14 +72,16 @@ class Columns:
 
     layout: Layout
     names: dict[str, str]
-    """Field of the layout -> column name. Optional fields that the shard lacks are left out."""
+    """Field of the layout -> column name. Optional fields that the shard lacks are left out, unless
+    the config maps them."""
 
     def describe(self) -> str:
         """`alpaca (instruction=instruction, response=output)`, for the terminal."""
         return f"{self.layout} ({', '.join(f'{k}={v}' for k, v in self.names.items())})"
 
 
-# Field -> names to try, the layout's own first. A field in _OPTIONAL may be absent.
+# Field -> names to try, the layout's own first. A field in _OPTIONAL may be absent,
+# unless the config maps it.
 _FIELDS: dict[Layout, dict[str, tuple[str, ...]]] = {
     "messages": {"messages": ("messages",)},
     "sharegpt": {"conversations": ("conversations", "conversation")},
@@ -110,10 +113,11 @@ def find_columns(
     tried = LAYOUT_ORDER if layout == "auto" else (layout,)
     for candidate in tried:
         fields = _FIELDS[candidate]
-        if layout == "auto" and mapped and not set(mapped) & set(fields):
+        if not set(mapped) <= set(fields):
             continue  # a mapped field names the layout: {prompt: question} is never Alpaca
         names = {f: _resolve(f, fields[f], schema, mapped) for f in fields}
-        missing = [f for f, name in names.items() if name is None and f not in _OPTIONAL]
+        needed = set(fields) - _OPTIONAL | set(mapped)
+        missing = [f for f, name in names.items() if name is None and f in needed]
         if not missing:
             found = Columns(candidate, {f: n for f, n in names.items() if n is not None})
             _check_types(schema, where, found)
@@ -125,6 +129,11 @@ def find_columns(
             f"shard {where}: no known layout fits its columns (has: {has}; known: {known}). "
             "Map them, for example: --set input.columns.instruction=question "
             "--set input.columns.response=answer."
+        )
+    if foreign := sorted(set(mapped) - set(_FIELDS[layout])):
+        raise InputError(
+            f"shard {where}: layout {layout} has no field '{foreign[0]}' to map (has: "
+            f"{', '.join(_FIELDS[layout])}). Take out input.columns.{foreign[0]}."
         )
     name = mapped.get(missing[0], _FIELDS[tried[0]][missing[0]][0])
     raise InputError(
@@ -159,7 +168,8 @@ def sample_id(messages: tuple[Message, ...]) -> bytes:
     for message in messages:
         parts = [message.role, message.content]
         for key in sorted(message.extra):
-            parts += [key, repr(message.extra[key])]
+            # Sorted: a struct's keys come in the order of its file's schema.
+            parts += [key, json.dumps(message.extra[key], sort_keys=True, default=repr)]
         digest.update(len(parts).to_bytes(8, "little"))
         for part in parts:
             raw = part.encode("utf-8")

@@ -200,8 +200,8 @@ class UnitScorer:
     def __init__(self, settings: ScoringSettings, threads: int) -> None:
         """Load the model on this actor's device; the node fetches it once."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
-            torch.set_num_threads(threads)  # Ray starts workers with one thread
+        self._threads = threads
+        self._use_threads()
         dtype: torch.dtype = getattr(torch, settings.dtype)
         model = models.load(settings.model, dtype, device)
         self.engine = Engine(model, settings.max_batch_tokens, settings.max_length)
@@ -212,11 +212,17 @@ class UnitScorer:
         text, failure = batch["unit"][0].as_py(), batch["failure"][0].as_py()
         if failure:
             return _hand_on(text, b"", failure=failure)
+        self._use_threads()
         started = time.time()
         tokens = _from_ipc(batch["payload"][0].as_buffer())
         part, num_tokens = score_table(tokens, self.engine, self.prefix_ids)
         part = part.replace_schema_metadata(self._metadata(text))
         return _hand_on(text, _to_ipc(part), started=started, tokens=num_tokens)
+
+    def _use_threads(self) -> None:
+        # Ray starts workers with one OpenMP thread, and calls an actor on another thread than the
+        # one that made it; OpenMP keeps the number for each thread.
+        torch.set_num_threads(self._threads)
 
     def _metadata(self, unit: str) -> dict[str, str]:
         return {

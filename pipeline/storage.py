@@ -58,9 +58,9 @@ def join(base: str, *names: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute; other URLs as they are, less a trailing slash."""
+    """A local path made absolute, without `..`; other URLs as they are, less a trailing slash."""
     fs, path = filesystem(url)
-    return path if isinstance(fs, LocalFileSystem) else url.rstrip("/")
+    return os.path.normpath(path) if isinstance(fs, LocalFileSystem) else url.rstrip("/")
 
 
 @contextmanager

@@ -32,16 +32,21 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Words and merges that tests rely on, each often enough to become one token.
 _TEXT = [
     "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request. ### Instruction: ### Input: ### Response: the capital of France is "
-    "Paris, a poem about the sea and the wind, one two three four five six seven",
-    "def add(a, b): return a + b  # adds two numbers; print(add(1, 2)) :- : - \n\n",
-]
+    "completes the request. ### Instruction: ### Input: ### Response: USER: ASSISTANT: assistant "
+    "user one two three four five six seven the capital of France is Paris, a poem about the sea "
+    "and the wind",
+    "one",
+    "three",
+    ":-",
+    " :-",
+] * 20
 
 
 def make_tokenizer(
-    *, bos: bool = False, chat_template: str | None = None, vocab_size: int = 400
+    *, bos: bool = False, chat_template: str | None = None, vocab_size: int = 600
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; with `bos`, one that prepends `<s>` to every text."""
     backend = Tokenizer(models.BPE())
@@ -67,7 +72,7 @@ def make_tokenizer(
 def tiny_config(architecture: str, **changes: Any) -> Any:
     """A small config of one architecture family."""
     common = dict(
-        vocab_size=400,
+        vocab_size=640,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -81,7 +86,7 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
     )
     if architecture == "GPT2":
         common = dict(
-            vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+            vocab_size=640, n_embd=32, n_layer=2, n_head=4, n_positions=256,
             bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
     return getattr(transformers, f"{architecture}Config")(**{**common, **changes})

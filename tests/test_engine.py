@@ -1,0 +1,239 @@
+"""The engine against transformers' own eager attention, one row at a time."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import engine as engine_module
+from pipeline.attention import UnsupportedAttentionError, packed_attention
+from pipeline.engine import Engine, TokenSequence, auto_dtype
+
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "gpt2-learned-positions": ("GPT2", {}),
+    "qwen2-biases": ("Qwen2", {}),
+    "qwen2-sliding": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    ),
+    "qwen3-qk-norm": ("Qwen3", {}),
+    "mistral-sliding": ("Mistral", {"sliding_window": 12}),
+    "gemma-head-256": ("Gemma", {"head_dim": 256}),
+    "gemma2-soft-caps": (
+        "Gemma2",
+        {
+            "sliding_window": 12,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+        },
+    ),
+    "gemma3-sliding": ("Gemma3Text", {"sliding_window": 12, "query_pre_attn_scalar": 8}),
+    "granite-scales": ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
+    "cohere-scale": ("Cohere", {"logit_scale": 0.25}),
+    "phi3-fused": ("Phi3", {"sliding_window": 12}),
+    "gpt-oss-sinks": (
+        "GptOss",
+        {"sliding_window": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # Asks no registry for its attention; transformers packs it by its position ids.
+    "gptj-own-attention": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+}
+UNPACKABLE = {"mamba-state": ("Mamba", {"state_size": 8})}
+
+
+def sequences_of(lengths: list[int], seed: int = 0) -> list[TokenSequence]:
+    random = np.random.default_rng(seed)
+    return [
+        TokenSequence(
+            random.integers(0, 400, n, dtype=np.int32), ((n // 3 + 1, n),) if n > 2 else ((1, n),)
+        )
+        for n in lengths
+    ]
+
+
+@torch.no_grad()
+def oracle(model: torch.nn.Module, sequence: TokenSequence) -> list[float]:
+    """One row, the model's own eager attention, log-softmax in float64."""
+    model.set_attn_implementation("eager")
+    ids = torch.tensor(sequence.input_ids, dtype=torch.int64)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0].double()
+    nll = -torch.log_softmax(logits[:-1], -1).gather(1, ids[1:, None])[:, 0]
+    return [float(nll[start - 1 : end - 1].sum()) for start, end in sequence.spans]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [1, 64, 4096])
+def test_packed_equals_eager_one_row_at_a_time(family: str, budget: int) -> None:
+    architecture, changes = FAMILIES[family]
+    model = tiny_model(architecture, **changes)
+    engine = Engine(model, max_batch_tokens=budget)
+    assert engine.mode == "packed"
+    # Several are longer than every window (12), one is longer than the explicit path's limit.
+    sequences = sequences_of([40, 3, 25, 2, 60, 13, 12, 33])
+    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+def test_fused_attention_of_long_sequences_equals_eager() -> None:
+    for changes in ({}, {"sliding_window": 100}):
+        model = tiny_model("Mistral", max_position_embeddings=2048, **changes)
+        sequences = sequences_of([900, 513, 20])
+        for sequence, loss in zip(sequences, Engine(model).score(sequences), strict=True):
+            assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(2, 50), min_size=1, max_size=12), budget=st.integers(1, 200))
+def test_any_packing_gives_the_same_losses(lengths: list[int], budget: int) -> None:
+    model = tiny_model("Llama")
+    sequences = sequences_of(lengths, seed=len(lengths))
+    whole = Engine(model, 10_000).score(sequences)
+    packed = Engine(model, budget).score(sequences)
+    for one, other in zip(whole, packed, strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", UNPACKABLE)
+def test_architectures_that_cannot_be_packed_fall_back_and_are_right(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    architecture, changes = UNPACKABLE[family]
+    model = tiny_model(architecture, **changes)
+    engine = Engine(model, max_batch_tokens=128)
+    assert engine.mode == "padded"
+    assert "padded batches" in caplog.text
+    sequences = sequences_of([40, 3, 25, 2, 60])
+    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", ["softcap", "sliding_window", "scaling"])
+def test_probe_notices_attention_that_ignores_what_a_layer_asks(
+    ignored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(*args: object, **kwargs: object) -> object:
+        kwargs[ignored] = None
+        return packed_attention(*args, **kwargs)  # type: ignore[arg-type]
+
+    architecture, changes = FAMILIES["gemma2-soft-caps"]
+    model = tiny_model(architecture, **{**changes, "query_pre_attn_scalar": 64})
+    monkeypatch.setattr("pipeline.attention.packed_attention", careless)
+    assert Engine(model).mode == "padded"
+
+
+def test_probe_notices_logits_that_are_not_a_plain_projection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module, "logit_transform", lambda config: lambda logits: logits)
+    architecture, changes = FAMILIES["gemma2-soft-caps"]
+    assert Engine(tiny_model(architecture, **changes)).mode == "padded"
+
+
+def test_attention_refuses_what_it_does_not_know() -> None:
+    tensor = torch.zeros(1, 2, 3, 8)
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(UnsupportedAttentionError, match="position_bias"):
+        packed_attention(
+            torch.nn.Linear(1, 1), tensor, tensor, tensor, None,
+            cu_seq_lens_q=bounds, position_bias=tensor,
+        )  # fmt: skip
+
+
+def test_bfloat16_logits_are_float32_from_the_hidden_states_on() -> None:
+    """The only rounding in half precision is the body's: the projection adds none of its own."""
+    model = tiny_model("Llama").bfloat16()
+    engine = Engine(model)
+    hidden = torch.randn(5, 32).bfloat16()
+    targets = torch.arange(5)
+    exact = hidden.double() @ model.lm_head.weight.double().T
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    torch.testing.assert_close(
+        engine._project(hidden, targets).double(), expected, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_vocabulary_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Gemma2", final_logit_softcapping=3.0)
+    sequences = sequences_of([30, 7])
+    whole = Engine(model).score(sequences)
+    monkeypatch.setattr(engine_module, "_VOCABULARY_CHUNK", 17)
+    for one, other in zip(whole, Engine(model).score(sequences), strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
+
+
+def test_several_spans_of_one_sequence_are_summed_apart() -> None:
+    model = tiny_model("Llama")
+    ids = np.arange(30, dtype=np.int32)
+    (both,) = Engine(model).score([TokenSequence(ids, ((5, 9), (12, 30)))])
+    apart = Engine(model).score([TokenSequence(ids, ((5, 9),)), TokenSequence(ids, ((12, 30),))])
+    assert both.nll_nats == pytest.approx([a.nll_nats[0] for a in apart], rel=1e-5)
+
+
+def test_one_bad_sequence_is_an_error_and_the_others_are_scored() -> None:
+    model = tiny_model("Llama")
+    good = sequences_of([20, 30, 10])
+    bad = TokenSequence(np.array([1, 2, 4_000, 3], dtype=np.int32), ((1, 4),))
+    losses = Engine(model).score([good[0], bad, *good[1:]])
+    assert losses[1].error == "IndexError"
+    assert losses[1].nll_nats == ()
+    for sequence, loss in zip(good, [losses[0], *losses[2:]], strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+def test_out_of_memory_halves_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_model("Llama"))
+    sequences = sequences_of([20, 20, 20, 20, 20])
+    expected = engine.score(sequences)
+    sizes = []
+    whole = Engine._losses
+
+    def scarce(self: Engine, chosen: list[TokenSequence]) -> list[tuple[float, ...]]:
+        sizes.append(len(chosen))
+        if len(chosen) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, chosen)
+
+    monkeypatch.setattr(Engine, "_losses", scarce)
+    losses = engine.score(sequences)
+    assert sizes == [5, 2, 3, 1, 2]
+    for one, other in zip(losses, expected, strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("span", [(0, 3), (3, 3), (2, 9)])
+def test_spans_that_have_no_loss_are_refused(span: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="spans"):
+        Engine(tiny_model("Llama")).score([TokenSequence(np.arange(5, dtype=np.int32), (span,))])
+
+
+def test_no_sequences_and_sequences_without_spans() -> None:
+    engine = Engine(tiny_model("Llama"))
+    assert engine.score([]) == []
+    (loss,) = engine.score([TokenSequence(np.arange(4, dtype=np.int32), ())])
+    assert loss.nll_nats == ()
+    assert loss.error is None
+
+
+def test_auto_dtype_is_bfloat16_only_where_hardware_has_it() -> None:
+    assert auto_dtype(torch.device("cuda")) == torch.bfloat16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert (auto_dtype(torch.device("cpu")) == torch.bfloat16) == fast
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gpt2-learned-positions"])
+def test_varlen_attention_on_cuda_agrees_with_float32(family: str) -> None:
+    architecture, changes = FAMILIES[family]
+    model = tiny_model(architecture, **changes)
+    sequences = sequences_of([40, 3, 25, 60])
+    expected = [oracle(model, sequence) for sequence in sequences]
+    engine = Engine(model.bfloat16().cuda())
+    assert engine.mode == "packed"
+    for loss, nll in zip(engine.score(sequences), expected, strict=True):
+        assert loss.nll_nats == pytest.approx(nll, rel=0.05)

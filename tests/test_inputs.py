@@ -1,0 +1,495 @@
+"""The front door: what is found, what is refused, and how JSON becomes Parquet."""
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import S3, write_parquet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import inputs
+from pipeline.config import InputConfig
+from pipeline.errors import InputError
+from pipeline.inputs import Corpus
+from pipeline.samples import read_samples
+from pipeline.schemas import BAD_LINE
+from pipeline.units import make_plan
+
+Row = dict[str, Any]
+
+A = {"instruction": "a", "output": "1"}
+B = {"instruction": "b", "output": "2"}
+C = {"instruction": "c", "output": "3"}
+
+
+@pytest.fixture
+def open_at(tmp_path: Path) -> Callable[..., Corpus]:
+    """Open a corpus whose output lies elsewhere."""
+
+    def build(path: Any, **options: Any) -> Corpus:
+        paths = [str(p) for p in path] if isinstance(path, list) else str(path)
+        return inputs.open_corpus(InputConfig(path=paths, **options), str(tmp_path / "out"))
+
+    return build
+
+
+def lines(*rows: Any) -> bytes:
+    return b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+
+
+def jsonl(*rows: Any) -> bytes:
+    """Rows as JSON lines; bytes stay as they are."""
+    return b"".join(lines(row) + b"\n" for row in rows)
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, "zstd", asbytes=True)  # type: ignore[no-any-return]
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def rows_of(corpus: Corpus) -> list[Row]:
+    """All rows of a corpus, without the column that names bad lines."""
+    tables = [pq.read_table(shard.read_url) for shard in corpus.shards]
+    return [
+        {k: v for k, v in row.items() if k != BAD_LINE}
+        for table in tables
+        for row in table.to_pylist()
+    ]
+
+
+def reasons_of(corpus: Corpus) -> list[str | None]:
+    """Why each row of an ingested corpus is malformed, as scoring will see it."""
+    return [
+        sample.malformed
+        for shard in corpus.shards
+        for sample in read_samples(pq.read_table(shard.read_url), shard.columns)
+    ]
+
+
+def names_of(corpus: Corpus) -> list[str]:
+    return [shard.url.rpartition("/")[2] for shard in corpus.shards]
+
+
+FORMATS = {
+    "a.jsonl": jsonl(A, B),
+    "a.ndjson": jsonl(A, B),
+    "a.JSONL": jsonl(A, B),
+    "a.json": b"[\n" + lines(A) + b",\n" + lines(B) + b"]\n",
+    "one-line.json": lines([A, B]),
+    "lines.json": jsonl(A, B),
+    "a.jsonl.gz": gzip.compress(jsonl(A, B)),
+    "members.jsonl.gz": gzip.compress(jsonl(A)) + gzip.compress(jsonl(B)),
+    "split-line.jsonl.gz": gzip.compress(jsonl(A, B)[:10]) + gzip.compress(jsonl(A, B)[10:]),
+    "array.json.gz": gzip.compress(lines([A, B])),
+    "a.jsonl.zst": zstd(jsonl(A, B)),
+    "frames.jsonl.zst": zstd(jsonl(A)) + zstd(jsonl(B)),
+    "no-last-newline.jsonl": jsonl(A) + lines(B),
+    "blank-lines.jsonl": b"\n" + jsonl(A) + b"  \n\n" + jsonl(B),
+    "windows.jsonl": jsonl(A, B).replace(b"\n", b"\r\n"),
+    "bom.jsonl": b"\xef\xbb\xbf" + jsonl(A, B),
+    "bom.json": b"\xef\xbb\xbf[\n" + lines(A) + b",\n" + lines(B) + b"]",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_json_format_becomes_the_same_rows(
+    tmp_path: Path, open_at: Callable[..., Corpus], name: str
+) -> None:
+    corpus = open_at(write(tmp_path / "in" / name, FORMATS[name]))
+    assert rows_of(corpus) == [A, B]
+    assert reasons_of(corpus) == [None, None]
+
+
+def test_parquet_is_read_where_it_is(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    path = write_parquet(tmp_path / "in/a.parquet", [A, B, C], row_group_size=2)
+    (shard,) = open_at(path).shards
+    assert shard.url == shard.read_url == str(path)
+    assert shard.row_groups == (2, 1)
+    assert shard.size == path.stat().st_size
+    assert not (tmp_path / "out").exists()
+
+
+def test_directories_globs_files_and_lists_name_the_same_shards(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    folder = tmp_path / "in"
+    write_parquet(folder / "a.parquet", [A])
+    write_parquet(folder / "deep/b.pq", [B])
+    write(folder / "c.jsonl", jsonl(C))
+    write(folder / "README.md", b"not data")
+    all_names = ["a.parquet", "c.jsonl#0", "b.pq"]  # sorted by whole URL
+    assert names_of(open_at(folder)) == all_names
+    assert names_of(open_at(f"{folder}/")) == all_names
+    assert names_of(open_at(folder / "*.parquet")) == ["a.parquet"]
+    assert names_of(open_at(folder / "**")) == all_names
+    assert names_of(open_at(folder / "[ac].*")) == ["a.parquet", "c.jsonl#0"]
+    listed = [folder / "c.jsonl", folder / "a.parquet", folder / "a.parquet", folder / "*.parquet"]
+    assert names_of(open_at(listed)) == ["a.parquet", "c.jsonl#0"]
+
+
+def test_relative_paths_and_detours_are_the_same_shard(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "in/a.parquet", [A])
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("in", "./in/a.parquet", "in/../in", f"file://{path}"):
+        assert [s.url for s in open_at(spelling).shards] == [str(path)]
+
+
+def test_hidden_files_and_folders_are_ignored(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    folder = tmp_path / "_weekly/in"  # above the input, such a name means nothing
+    write_parquet(folder / "a.parquet", [A])
+    for hidden in ("_b.parquet", ".c.parquet", "_temporary/0/d.parquet", ".cache/e.parquet"):
+        write_parquet(folder / hidden, [B])
+    write(folder / "_SUCCESS", b"")
+    assert names_of(open_at(folder)) == ["a.parquet"]
+    assert names_of(open_at(folder / "**")) == ["a.parquet"]
+
+
+def test_a_hidden_file_that_is_named_is_read(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    path = write_parquet(tmp_path / "in/_a.parquet", [A])
+    assert names_of(open_at(path)) == ["_a.parquet"]
+
+
+def test_a_bad_line_is_a_malformed_row_that_names_its_line(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    text = jsonl(A, b'{"instruction": "cut', b"", b"[1]", b'{"output":"\xff"}', b"null", B)
+    corpus = open_at(write(tmp_path / "in/a.jsonl", text))
+    nothing = {"instruction": None, "output": None}
+    assert rows_of(corpus) == [A, nothing, nothing, nothing, nothing, B]
+    first, cut, array, utf8, null, last = reasons_of(corpus)
+    assert (first, last) == (None, None)
+    assert str(cut).startswith("bad_line: line 2: Unterminated string")
+    assert array == "bad_line: line 4: got list, expected an object"
+    assert str(utf8).startswith("bad_line: line 5: 'utf-8' codec")
+    assert null == "bad_line: line 6: got NoneType, expected an object"
+
+
+def test_an_array_element_that_is_no_object_names_its_place(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    corpus = open_at(write(tmp_path / "in/a.json", lines([A, "text", B])))
+    expected = [None, "bad_line: element 2: got str, expected an object", None]
+    assert reasons_of(corpus) == expected
+
+
+def test_scalars_of_mixed_types_become_text(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    values = ["7", 7, 7.5, True, None, 2**70]
+    text = jsonl(*({**A, "x": value} for value in values))
+    corpus = open_at(write(tmp_path / "in/a.jsonl", text))
+    assert [r["x"] for r in rows_of(corpus)] == ["7", "7", "7.5", "true", None, str(2**70)]
+    assert reasons_of(corpus) == [None] * 6
+
+
+def test_integers_stay_integers(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    corpus = open_at(write(tmp_path / "in/a.jsonl", jsonl({**A, "x": 1}, {**B, "x": 2})))
+    assert corpus.shards[0].schema.field("x").type == pa.int64()
+
+
+def test_a_value_that_does_not_fit_the_lists_before_it_is_named_by_its_line(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_INGEST_ROWS", 2)
+    turns = [{"role": "user", "content": "a"}]
+    text = jsonl(
+        {"messages": turns}, {"messages": turns}, {"messages": turns}, b"", {"messages": 5}
+    )
+    corpus = open_at(write(tmp_path / "in/a.jsonl", text))
+    assert [r["messages"] for r in rows_of(corpus)] == [turns, turns, turns, None]
+    *fine, bad = reasons_of(corpus)
+    assert fine == [None] * 3
+    assert str(bad).startswith("bad_line: line 5: column 'messages': ")
+
+
+def test_lone_surrogates_become_replacement_characters(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    text = (
+        b'{"instruction":"a\\ud800b","output":"\\ud83d\\ude00","\\udfff":[{"\\ud800":"\\udc00"}]}\n'
+    )
+    corpus = open_at(write(tmp_path / "in/a.jsonl", text))
+    expected = {"instruction": "a\ufffdb", "output": "\U0001f600", "\ufffd": [{"\ufffd": "\ufffd"}]}
+    assert rows_of(corpus) == [expected]
+
+
+def test_objects_without_keys_do_not_stop_a_file(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    text = jsonl({**A, "meta": {}}, {**B, "meta": {}, "list": [{}], "deep": {"a": {}}})
+    corpus = open_at(write(tmp_path / "in/a.jsonl", text))
+    assert [(r["instruction"], r["meta"]) for r in rows_of(corpus)] == [("a", None), ("b", None)]
+    assert reasons_of(corpus) == [None, None]
+
+
+@pytest.mark.parametrize("depth", [100, 600, 100_000])
+def test_a_row_nested_too_deep_does_not_harm_its_neighbours(
+    tmp_path: Path, open_at: Callable[..., Corpus], depth: int
+) -> None:
+    deep = lines(B)[:-1] + b', "x": ' + b"[" * depth + b"]" * depth + b"}"
+    corpus = open_at(write(tmp_path / "in/a.jsonl", jsonl(A, deep, C)))
+    first, bad, last = reasons_of(corpus)
+    assert (first, last) == (None, None)
+    assert str(bad).startswith("bad_line: line 2: ")
+
+
+def test_rows_nested_as_deep_as_allowed_come_back(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    value: Any = "x"
+    for level in range(inputs._MAX_DEPTH - 1):
+        value = [value] if level % 2 else {"k": value}
+    corpus = open_at(write(tmp_path / "in/a.jsonl", jsonl({**A, "x": value})))
+    assert rows_of(corpus) == [{**A, "x": value}]
+
+
+def test_a_row_cannot_declare_itself_malformed(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    corpus = open_at(write(tmp_path / "in/a.jsonl", jsonl({**A, BAD_LINE: "no"})))
+    assert reasons_of(corpus) == [None]
+
+
+def test_a_missing_path_an_empty_directory_and_one_without_data_are_told_apart(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    with pytest.raises(InputError, match=r"absent: there is no such file, directory or bucket"):
+        open_at(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: nothing is there: an empty directory"):
+        open_at(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"no-match-\*\.parquet: nothing is there"):
+        open_at(tmp_path / "no-match-*.parquet")
+    write(tmp_path / "docs/README.md", b"text")
+    with pytest.raises(InputError, match=r"no Parquet inside.*1 other files \(README\.md\)"):
+        open_at(tmp_path / "docs")
+
+
+@pytest.mark.parametrize("text", [b"", b"\n\n", b"[]"])
+def test_files_without_any_row_are_refused(
+    tmp_path: Path, open_at: Callable[..., Corpus], text: bytes
+) -> None:
+    with pytest.raises(InputError, match=r"no rows in 1 files"):
+        open_at(write(tmp_path / "in/a.jsonl", text))
+
+
+def test_an_empty_file_among_others_adds_nothing(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    write(tmp_path / "in/a.jsonl", b"")
+    write_parquet(tmp_path / "in/b.parquet", [A])
+    assert rows_of(open_at(tmp_path / "in")) == [A]
+
+
+UNREADABLE = {
+    "garbage.parquet": b"PAR1 this is not it" * 50,
+    "empty.parquet": b"",
+    "bad-footer.parquet": b"PAR1" + b"\x00" * 100 + (50).to_bytes(4, "little") + b"PAR1",
+    "prose.jsonl": b"Dear reader,\nthis is a letter.\n",
+    "object.json": b'{\n"rows": [\n1\n]\n}\n',
+    "cut.json": lines([A, B])[:-5],
+    "deep.json": b"[" * 100_000,
+    "cut.jsonl.gz": gzip.compress(jsonl(*[A, B, C] * 2000))[:-30],
+    "no.jsonl.gz": jsonl(A),
+    "no.jsonl.zst": jsonl(A),
+    "columns.parquet": None,
+    "twice.parquet": None,
+}
+
+
+def write_unreadable(path: Path) -> Path:
+    data = UNREADABLE[path.name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "columns.parquet":
+        return write_parquet(path, [{"question": "a", "answer": "b"}])
+    if path.name == "twice.parquet":
+        twice = pa.Table.from_arrays(
+            [pa.array(["a"])] * 3, ["instruction", "instruction", "output"]
+        )
+        pq.write_table(twice, path)
+        return path
+    assert data is not None
+    return write(path, data)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_unreadable_shard_ends_the_run_or_is_skipped(
+    tmp_path: Path, open_at: Callable[..., Corpus], name: str
+) -> None:
+    bad = write_unreadable(tmp_path / "in" / name)
+    write_parquet(tmp_path / "in/z.parquet", [A])
+    with pytest.raises(InputError) as caught:
+        open_at(tmp_path / "in")
+    assert str(bad) in str(caught.value)
+    corpus = open_at(tmp_path / "in", on_bad_shard="skip")
+    assert names_of(corpus) == ["z.parquet"]
+    assert [str(bad) in reason for reason in corpus.skipped] == [True]
+
+
+def test_a_truncated_parquet_is_refused_by_its_footer(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    path = write_parquet(tmp_path / "in/a.parquet", [A] * 100)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable Parquet file"):
+        open_at(path)
+
+
+def test_skipping_every_shard_leaves_nothing_to_do(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    path = write(tmp_path / "in/a.parquet", b"garbage")
+    with pytest.raises(InputError, match=r"no rows in 1 files\.\n.*not a readable Parquet file"):
+        open_at(path, on_bad_shard="skip")
+
+
+@pytest.mark.parametrize("output", ["in", "in/out", "in/deep/out", "in/../in/out"])
+@pytest.mark.parametrize("source", ["in", "in/", "in/*.parquet", "in/**"])
+def test_an_output_inside_the_input_is_refused(tmp_path: Path, source: str, output: str) -> None:
+    write_parquet(tmp_path / "in/a.parquet", [A])
+    config = InputConfig(path=f"{tmp_path}/{source}")
+    with pytest.raises(InputError, match=r"output .*: it lies inside the input .*/in"):
+        inputs.open_corpus(config, f"{tmp_path}/{output}")
+
+
+@pytest.mark.parametrize("output", ["in-scored", "out", "."])
+def test_an_output_beside_or_above_the_input_is_accepted(tmp_path: Path, output: str) -> None:
+    write_parquet(tmp_path / "in/a.parquet", [A])
+    corpus = inputs.open_corpus(InputConfig(path=f"{tmp_path}/in"), f"{tmp_path}/{output}")
+    assert rows_of(corpus) == [A]
+
+
+def test_ingest_is_done_once(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    path = write(tmp_path / "in/a.jsonl", jsonl(A, B))
+    first = open_at(path)
+    (piece,) = (shard.read_url for shard in first.shards)
+    written = os.stat(piece).st_mtime_ns
+    unread = gzip.compress(b"")  # if it were read again, it would be refused
+    stat = path.stat()
+    path.write_bytes(unread.ljust(stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert open_at(path) == first
+    assert os.stat(piece).st_mtime_ns == written
+
+
+def test_a_changed_source_is_ingested_again_beside_the_old(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    path = write(tmp_path / "in/a.jsonl", jsonl(A))
+    (before,) = open_at(path).shards
+    os.utime(path, ns=(0, 0))
+    path.write_bytes(jsonl(A, B))
+    (after,) = open_at(path).shards
+    assert after.url == before.url
+    assert after.version != before.version
+    assert after.read_url != before.read_url
+    assert pq.read_table(before.read_url).num_rows == 1
+    assert pq.read_table(after.read_url).num_rows == 2
+
+
+def test_an_ingest_that_was_cut_off_is_done_again(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    path = write(tmp_path / "in/a.jsonl", jsonl(A, B))
+    (shard,) = open_at(path).shards
+    done = Path(shard.read_url).parent / "_DONE.json"
+    done.unlink()
+    assert rows_of(open_at(path)) == [A, B]
+    assert json.loads(done.read_text())["pieces"] == ["piece-00000.parquet"]
+
+
+def test_a_large_file_becomes_several_pieces(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_INGEST_ROWS", 2)
+    rows = [{"instruction": str(i), "output": "x"} for i in range(5)]
+    path = write(tmp_path / "in/a.jsonl", jsonl(*rows))
+    corpus = open_at(path)
+    assert names_of(corpus) == ["a.jsonl#0", "a.jsonl#1", "a.jsonl#2"]
+    assert [shard.num_rows for shard in corpus.shards] == [2, 2, 1]
+    assert rows_of(corpus) == rows
+
+
+def test_pieces_are_planned_in_the_order_of_lines(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_INGEST_ROWS", 1)
+    rows = [{"instruction": str(i), "output": "x"} for i in range(12)]  # '#10' sorts before '#2'
+    assert rows_of(open_at(write(tmp_path / "in/a.jsonl", jsonl(*rows)))) == rows
+
+
+def test_max_rows_takes_the_first_rows_in_the_order_of_shards(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    write_parquet(tmp_path / "in/b.parquet", [C] * 4)
+    write_parquet(tmp_path / "in/a.parquet", [A, B, C], row_group_size=2)
+    corpus = open_at(tmp_path / "in", max_rows=5)
+    ranges = [
+        (unit.shard_url.rpartition("/")[2], unit.start, unit.stop)
+        for unit in make_plan(corpus, str(tmp_path / "out"), "fp", 2, 1, max_rows=5).units
+    ]
+    assert ranges == [("a.parquet", 0, 2), ("a.parquet", 2, 3), ("b.parquet", 0, 2)]
+
+
+@pytest.mark.s3
+def test_an_s3_corpus_lists_as_a_local_one(s3_server: S3) -> None:
+    fs = s3_server.filesystem()
+    for name, data in {
+        "a.jsonl.gz": FORMATS["members.jsonl.gz"],
+        "deep/b.jsonl": jsonl(C),
+        "_temporary/c.jsonl": jsonl(C),
+        "_SUCCESS": b"",
+    }.items():
+        fs.pipe_file(s3_server.url("inputs", name), data)
+    output = s3_server.url("inputs-out")
+    for path in ("inputs", "inputs/", "inputs/**"):
+        corpus = inputs.open_corpus(InputConfig(path=s3_server.url(path)), output)
+        assert names_of(corpus) == ["a.jsonl.gz#0", "b.jsonl#0"]
+    assert all(shard.read_url.startswith(f"{output}/ingest/") for shard in corpus.shards)
+    assert reasons_of_s3(s3_server, corpus) == [None, None, None]
+
+
+def reasons_of_s3(s3_server: S3, corpus: Corpus) -> list[str | None]:
+    fs = s3_server.filesystem()
+    tables = [pq.read_table(fs.open(shard.read_url, "rb")) for shard in corpus.shards]
+    return [value for table in tables for value in table[BAD_LINE].to_pylist()]
+
+
+_scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, width=32) | st.text()
+)
+_values = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+_objects = st.dictionaries(st.sampled_from(["a", "b", "\ud800", "instruction"]), _values)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(_objects, min_size=1, max_size=6))
+def test_any_json_objects_become_a_readable_shard_with_a_row_for_each(rows: list[Row]) -> None:
+    parsed = [
+        inputs._parse_line(json.dumps(row).encode(), f"line {i}") for i, row in enumerate(rows)
+    ]
+    table = pq.read_table(pa.BufferReader(inputs._to_parquet(parsed)))
+    assert table.num_rows == len(rows)
+    for row, stored in zip(rows, table.to_pylist(), strict=True):
+        if stored[BAD_LINE] is None and isinstance(row.get("a"), str):
+            assert stored["a"] == row["a"]

@@ -1,0 +1,72 @@
+"""Packing: an order-restoring partition under a token budget."""
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.packing import plan_packs
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=80)
+BUDGETS = st.integers(1, 120)
+
+
+def test_worked_example() -> None:
+    assert plan_packs([3, 5, 4], 8) == [[1], [2, 0]]
+
+
+def test_no_sequences_are_no_packs() -> None:
+    assert plan_packs([], 8) == []
+
+
+def test_budget_is_met_exactly() -> None:
+    assert plan_packs([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+
+
+def test_overlong_sequences_are_packs_of_their_own() -> None:
+    # 20 and 9 are over the budget of 8; neither takes the 1 into its pack.
+    assert plan_packs([1, 20, 9], 8) == [[1], [2], [0]]
+
+
+@given(LENGTHS, BUDGETS)
+def test_packs_are_a_partition(lengths: list[int], budget: int) -> None:
+    packs = plan_packs(lengths, budget)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert all(packs)
+
+
+@given(LENGTHS, BUDGETS)
+def test_budget_is_kept_but_for_single_overlong_sequences(lengths: list[int], budget: int) -> None:
+    for pack in plan_packs(lengths, budget):
+        total = sum(lengths[index] for index in pack)
+        assert total <= budget or len(pack) == 1
+
+
+@given(LENGTHS, BUDGETS)
+def test_longest_come_first(lengths: list[int], budget: int) -> None:
+    flat = [lengths[index] for pack in plan_packs(lengths, budget) for index in pack]
+    assert flat == sorted(lengths, reverse=True)
+
+
+@given(LENGTHS, BUDGETS)
+def test_equal_lengths_keep_their_order(lengths: list[int], budget: int) -> None:
+    flat = [index for pack in plan_packs(lengths, budget) for index in pack]
+    for one, next_one in itertools.pairwise(flat):
+        assert lengths[one] > lengths[next_one] or one < next_one
+
+
+@given(LENGTHS, BUDGETS, st.randoms(use_true_random=False))
+def test_shape_depends_on_the_lengths_alone(lengths: list[int], budget: int, random) -> None:
+    def shape(values: list[int]) -> list[list[int]]:
+        return [[values[index] for index in pack] for pack in plan_packs(values, budget)]
+
+    shuffled = list(lengths)
+    random.shuffle(shuffled)
+    assert shape(shuffled) == shape(lengths)
+
+
+@given(LENGTHS.filter(bool), BUDGETS)
+def test_no_pack_has_room_for_the_next_packs_first(lengths: list[int], budget: int) -> None:
+    packs = plan_packs(lengths, budget)
+    for pack, following in itertools.pairwise(packs):
+        assert sum(lengths[index] for index in pack) + lengths[following[0]] > budget

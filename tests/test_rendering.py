@@ -1,0 +1,293 @@
+"""Spans, checked against what the tokens decode to."""
+
+import pytest
+from conftest import CHATML, make_tokenizer
+
+from pipeline.errors import ModelError
+from pipeline.rendering import (
+    TEXT_TEMPLATES,
+    RenderedSample,
+    Renderer,
+    TokenTurn,
+    exact_offsets_backend,
+    prefix_token_ids,
+)
+from pipeline.samples import Message, Sample
+
+
+def sample(*turns: tuple[str, str]) -> Sample:
+    return Sample(tuple(Message(role, content) for role, content in turns))
+
+
+def alpaca(instruction: str, response: str, extra: str = "") -> Sample:
+    middle = [("input", extra)] if extra else []
+    return sample(("user", instruction), *middle, ("assistant", response))
+
+
+def render(
+    sample: Sample, template: str = "alpaca", *, max_length: int = 512, pair: bool = True, **kind
+) -> tuple[RenderedSample, Renderer]:
+    tokenizer = make_tokenizer(**{"chat_template": CHATML, **kind})
+    renderer = Renderer(tokenizer, template, max_length, pair)
+    (result,) = renderer([sample])
+    return result, renderer
+
+
+def text(renderer: Renderer, ids: list[int]) -> str:
+    return renderer.tokenizer.decode(ids)
+
+
+def spans(result: RenderedSample, renderer: Renderer) -> list[tuple[str, str]]:
+    """(what is scored, what the direct pass sees after the prefix) for each turn."""
+    return [
+        (
+            text(renderer, result.input_ids[t.conditioned_start : t.end]),
+            text(renderer, result.input_ids[t.direct_start : t.end]),
+        )
+        for t in result.turns
+    ]
+
+
+def test_alpaca_prompt_is_the_reference_programs_text() -> None:
+    result, renderer = render(alpaca("Add.", "Three.", extra="1 and 2"))
+    assert text(renderer, result.input_ids) == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "Add.\n\n### Input:\n1 and 2\n\n### Response:Three."
+    )
+    assert spans(result, renderer) == [("Three.", "### Response:Three.")]
+
+
+@pytest.mark.parametrize(
+    ("template", "extra", "expected"),
+    [
+        ("alpaca", "", "Below is an instruction that describes a task. Write a response that "
+         "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:Three."),
+        ("wizardlm", "", "Add.\n\n### Response:Three."),
+        ("wizardlm", "1, 2", "Add.\n1, 2\n\n### Response:Three."),
+        ("plain", "", "Add.\nThree."),
+        ("plain", "1, 2", "Add.\n1, 2\nThree."),
+        ("vicuna", "", "A chat between a curious user and an artificial intelligence assistant. The "
+         "assistant gives helpful, detailed, and polite answers to the user's questions. USER: Add."
+         " ASSISTANT:Three."),
+        ("vicuna", "1, 2", "A chat between a curious user and an artificial intelligence assistant."
+         " The assistant gives helpful, detailed, and polite answers to the user's questions. USER:"
+         " Add.\nInput:\n1, 2 ASSISTANT:Three."),
+        ("chat", "1, 2", "<|im_start|>user\nAdd.\n1, 2<|im_end|>\n<|im_start|>assistant\nThree."),
+    ],
+)  # fmt: skip
+def test_every_template_s_text(template: str, extra: str, expected: str) -> None:
+    result, renderer = render(alpaca("Add.", "Three.", extra), template)
+    assert text(renderer, result.input_ids) == expected
+    assert spans(result, renderer)[0][0] == "Three." if template != "plain" else "hree."
+
+
+def test_bos_is_what_the_tokenizer_prepends_not_what_it_has() -> None:
+    for bos, prefix in ((False, ()), (True, (0,))):
+        tokenizer = make_tokenizer(bos=bos)
+        assert tokenizer.bos_token == "<s>"
+        assert prefix_token_ids(exact_offsets_backend(tokenizer)) == prefix
+        result, _ = render(alpaca("Add.", "Three."), bos=bos)
+        assert tuple(result.input_ids[:1]) == (prefix or (result.input_ids[0],))
+        assert (result.input_ids[0] == 0) == bos
+
+
+def test_chat_render_that_holds_bos_gets_no_second_one() -> None:
+    result, _ = render(alpaca("Add.", "Three."), "chat", bos=True, chat_template="<s>" + CHATML)
+    assert list(result.input_ids[:2]).count(0) == 1
+    bare, _ = render(alpaca("Add.", "Three."), "chat", bos=True)
+    assert list(bare.input_ids) == list(result.input_ids)
+    assert bare.turns == result.turns
+
+
+def test_markerless_without_bos_pairs_by_leaving_the_first_token_out() -> None:
+    paired, renderer = render(alpaca("Add.", "one two three"), "plain")
+    unpaired, _ = render(alpaca("Add.", "one two three"), "plain", pair=False)
+    (p,), (u,) = paired.turns, unpaired.turns
+    assert (u.num_conditioned, u.num_direct) == (3, 2)
+    assert (p.num_conditioned, p.num_direct) == (2, 2)
+    assert p.direct_start == u.direct_start == u.conditioned_start
+    assert text(renderer, paired.input_ids[p.conditioned_start : p.end]) == " two three"
+
+
+def test_markerless_with_bos_scores_every_token_on_both_sides() -> None:
+    result, _ = render(alpaca("Add.", "one two three"), "plain", bos=True)
+    assert (result.turns[0].num_conditioned, result.turns[0].num_direct) == (3, 3)
+
+
+def test_straddling_token_is_context_on_both_sides() -> None:
+    # ':' and '-' merge: the response ':-' begins inside the token ' :-' or ':-'.
+    tokenizer = make_tokenizer()
+    assert len(tokenizer.encode(":-")) == 1, "the merge this test is about"
+    renderer = Renderer(tokenizer, "alpaca", 512, True)
+    (result,) = renderer([alpaca("Draw.", "- two three")])
+    (turn,) = result.turns
+    assert text(renderer, result.input_ids[turn.conditioned_start : turn.end]) == " two three"
+    assert text(renderer, result.input_ids[turn.direct_start : turn.end]) == (
+        "### Response:- two three"
+    )
+
+
+def test_trimmed_offsets_do_not_make_a_straddling_token_response() -> None:
+    # The prompt ends in a space that merges with 'the': ' the' straddles, whatever is claimed.
+    spaced = (
+        "{{ messages[0]['content'] }}"
+        "{% if add_generation_prompt or messages|length > 1 %} {% endif %}"
+        "{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=spaced)
+    assert len(tokenizer.encode(" the")) == 1
+    renderer = Renderer(tokenizer, "chat", 512, True)
+    (result,) = renderer([alpaca("Draw.", "the sea")])
+    (turn,) = result.turns
+    assert text(renderer, result.input_ids[turn.conditioned_start : turn.end]) == " sea"
+
+
+def test_multibyte_characters_split_over_tokens_are_scored_whole() -> None:
+    result, renderer = render(alpaca("Grüße?", "漢字 🙂 ok"))
+    assert spans(result, renderer)[0][0] == "漢字 🙂 ok"
+
+
+def test_multi_turn_chat_scores_every_assistant_turn_once() -> None:
+    chat = sample(
+        ("system", "Be brief."), ("user", "one"), ("assistant", "two"),
+        ("user", "three"), ("assistant", "four five"), ("user", "six"),
+    )  # fmt: skip
+    result, renderer = render(chat, "chat")
+    assert spans(result, renderer) == [
+        ("two", "<|im_start|>assistant\ntwo"),
+        ("four five", "<|im_start|>assistant\nfour five"),
+    ]
+    assert "six" not in text(renderer, result.input_ids)  # only up to the last answer
+
+
+def test_vicuna_defines_turns_and_alpaca_does_not() -> None:
+    chat = sample(("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
+    result, renderer = render(chat, "vicuna")
+    assert text(renderer, result.input_ids).endswith(
+        "USER: a ASSISTANT:one</s>USER: b ASSISTANT:two"
+    )
+    assert [scored for scored, _ in spans(result, renderer)] == ["one", "two"]
+    assert render(chat, "alpaca")[0].reason == "multi_turn"
+
+
+def test_own_system_message() -> None:
+    chat = sample(("system", "Be brief."), ("user", "a"), ("assistant", "one two"))
+    result, renderer = render(chat, "vicuna")
+    assert text(renderer, result.input_ids) == "Be brief. USER: a ASSISTANT:one two"
+    result, renderer = render(chat, "plain")
+    assert text(renderer, result.input_ids) == "Be brief.\n\na\none two"
+
+
+def test_truncation_cuts_right_and_keeps_both_sides_equal() -> None:
+    long = alpaca("Add.", "one two three four five six seven")
+    whole, _ = render(long)
+    cut, renderer = render(long, max_length=whole.turns[0].conditioned_start + 3)
+    assert cut.truncated
+    assert not whole.truncated
+    assert spans(cut, renderer) == [("one two three", "### Response:one two three")]
+    assert (cut.turns[0].num_conditioned, cut.turns[0].num_direct) == (3, 3)
+
+
+def test_truncated_conversation_keeps_the_turns_that_fit() -> None:
+    chat = sample(("user", "a"), ("assistant", "one two"), ("user", "b " * 40), ("assistant", "x"))
+    result, _ = render(chat, "chat", max_length=40)
+    assert result.status == "ok"
+    assert result.truncated
+    assert [t.num_conditioned for t in result.turns] == [2, 0]
+    assert [t.num_direct for t in result.turns] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "max_length", "status"),
+    [
+        (alpaca("Add.", ""), "alpaca", 512, "empty_response"),
+        (alpaca("Add.", " \n"), "alpaca", 512, "empty_response"),
+        (sample(("user", "Hello?")), "chat", 512, "empty_response"),
+        (alpaca("Add.", "one"), "plain", 512, "too_short"),
+        (alpaca("Add. " * 200, "one two"), "alpaca", 64, "prompt_overlong"),
+        (Sample(malformed="null_prompt"), "alpaca", 64, "malformed"),
+    ],
+)
+def test_statuses(row: Sample, template: str, max_length: int, status: str) -> None:
+    result, _ = render(row, template, max_length=max_length)
+    assert result.status == status
+    assert not result.turns
+
+
+def test_whitespace_that_the_template_strips_is_malformed_not_misplaced() -> None:
+    stripping = CHATML.replace("m['content']", "m['content'] | trim")
+    padded = alpaca("Add.", " three ")
+    assert render(padded, "chat", chat_template=stripping)[0].reason == "template"
+    assert render(padded, "chat")[0].status == "ok"
+
+
+def test_template_that_refuses_or_fails_is_malformed() -> None:
+    for template in ("{{ raise_exception('no') }}", "{{ messages[9]['content'] + 1 }}"):
+        result, _ = render(alpaca("Add.", "one"), "chat", chat_template=template)
+        assert (result.status, result.reason) == ("malformed", "template")
+
+
+def test_generation_prompt_that_is_no_prefix_is_malformed() -> None:
+    thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+    assert render(alpaca("A", "b"), "chat", chat_template=thinking)[0].reason == "template"
+
+
+def test_date_in_a_template_is_fixed() -> None:
+    dated = "\n{{ strftime_now('%Y-%m-%d') }}" + CHATML
+    result, renderer = render(alpaca("A", "b c"), "chat", chat_template=dated)
+    assert text(renderer, result.input_ids).startswith("\n26 Jul 2024<|im_start|>")
+
+
+def test_tool_call_is_context_where_rendered_and_malformed_where_not() -> None:
+    calls = {"tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    row = Sample(
+        (
+            Message("user", "Add."),
+            Message("assistant", "", calls),
+            Message("tool", "3"),
+            Message("assistant", "It is three."),
+        )
+    )
+    rendered = CHATML.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+    )
+    result, renderer = render(row, "chat", chat_template=rendered)
+    assert spans(result, renderer)[0][0] == "It is three."
+    assert "add" in text(renderer, result.input_ids)
+    assert render(row, "chat")[0].reason == "tool_call"
+    assert render(row, "alpaca")[0].reason == "tool_call"
+
+
+def test_chat_without_a_template_is_refused() -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        Renderer(make_tokenizer(), "chat", 512, True)
+
+
+def test_braces_and_template_syntax_in_content_are_text() -> None:
+    hostile = "{instruction} {{ 7 * 7 }} {% raise %} {0} %s"
+    for template in ("alpaca", "vicuna", "chat"):
+        result, renderer = render(alpaca(hostile, hostile), template)
+        assert spans(result, renderer)[0][0] == hostile
+        assert text(renderer, result.input_ids).count(hostile) == 2
+
+
+def test_prompt_tokens_do_not_count_the_straddling_or_the_response() -> None:
+    result, _ = render(alpaca("Add.", "one two"))
+    assert result.num_prompt_tokens == result.turns[0].conditioned_start
+
+
+def test_empty_answer_within_a_conversation_is_passed_over() -> None:
+    chat = sample(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "two"))
+    result, _ = render(chat, "chat")
+    assert len(result.turns) == 1
+    assert isinstance(result.turns[0], TokenTurn)
+
+
+def test_markers_end_their_prompts() -> None:
+    """The span of the marker is computed from its length: it must be the prompt's last text."""
+    for template in TEXT_TEMPLATES.values():
+        assert template.with_input.endswith(template.marker)
+        assert template.without_input.endswith(template.marker)
+        assert (template.next_turn or template.marker).endswith(template.marker)
