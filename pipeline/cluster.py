@@ -65,6 +65,11 @@ def plan_workers(config: ClusterConfig) -> Workers:
         ConfigError: More is asked for than the cluster has.
     """
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    if not nodes:
+        raise ConfigError(
+            "cluster: no node with CPUs is there yet, and reading and tokenising need some. Start "
+            "a worker node, or wait until one has joined."
+        )
     total_gpus = ray.cluster_resources().get("GPU", 0)
     num_gpus = config.gpus_per_actor
     if num_gpus == "auto":

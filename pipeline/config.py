@@ -44,6 +44,9 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+_Url = Annotated[str, Field(min_length=1)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,7 +54,7 @@ class _Section(BaseModel):
 class InputConfig(_Section):
     """Where the corpus is and how its rows read."""
 
-    path: str | list[str]
+    path: _Url | Annotated[list[_Url], Field(min_length=1)]
     """Parquet, JSON or JSONL (.gz, .zst): files, directories or globs at any fsspec URL."""
     layout: Literal["auto"] | Layout = "auto"
     """`auto` looks for messages, conversations, prompt/completion, Alpaca, in this order."""
@@ -71,7 +74,7 @@ class InputConfig(_Section):
 class ModelConfig(_Section):
     """The language model whose losses make the score."""
 
-    path: str
+    path: _Url
     """Hub id, directory, `.gguf` file, or object-store URL of a safetensors directory."""
     revision: str | None = None
     """Hub: branch, tag or commit. A `.gguf` or local directory: `sha256:...` that it must have."""
@@ -160,7 +163,7 @@ class Config(_Section):
 
     input: InputConfig
     """The corpus."""
-    output: str
+    output: _Url
     """Directory or bucket prefix that gets scores/ and cherry/."""
     model: ModelConfig
     """The scoring model."""
@@ -221,6 +224,8 @@ def load(path: str, overrides: list[str] | None = None) -> Config:
 
 def parse(raw: dict[str, Any], where: str = "config") -> Config:
     """Validate a raw mapping; every fault is named in one ConfigError."""
+    # A section whose every key is commented out reads as null: it has its defaults.
+    raw = {key: {} if value is None else value for key, value in raw.items()}
     try:
         return Config.model_validate(raw)
     except ValidationError as err:

@@ -18,7 +18,7 @@ from pipeline.scoring import UnitDone, read_rows
 from pipeline.units import Plan
 
 _SECONDS_BETWEEN_LINES = 10.0
-_EXCERPT = 160
+_EXCERPT = 110
 """Characters shown of a prompt and of a response."""
 
 
@@ -50,7 +50,8 @@ class ScoringProgress:
 
     def __exit__(self, *_: object) -> None:
         """Clear the bar."""
-        self._bar.stop()
+        if self._task is not None:  # off a terminal, rich would print an empty line
+            self._bar.stop()
 
     def __call__(self, unit: UnitDone, total: int) -> None:
         """Take note of a finished unit."""
@@ -149,4 +150,4 @@ def _files(summary: Summary) -> Group:
     lines = [f"scores   {summary.scores_path}"]
     if summary.cherry_path:
         lines += [f"cherry   {summary.cherry_path}", f"manifest {summary.manifest}"]
-    return Group("", *(Text(line, overflow="fold") for line in lines))
+    return Group("", *(Text(line) for line in lines))

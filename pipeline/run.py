@@ -14,9 +14,19 @@ from typing import Any
 
 import torch
 
-from pipeline import accounting, cluster, engine, inputs, models, scoring, selection, units
+from pipeline import (
+    accounting,
+    cluster,
+    engine,
+    inputs,
+    models,
+    scoring,
+    selection,
+    storage,
+    units,
+)
 from pipeline.config import Config
-from pipeline.errors import ConfigError, InputError, ShardError
+from pipeline.errors import ConfigError, InputError, ShardError, StorageError
 from pipeline.inputs import Corpus
 from pipeline.models import ModelRef
 from pipeline.rendering import Renderer
@@ -140,6 +150,11 @@ def check(config: Config, *, selecting: bool) -> Checked:
         ConfigError, InputError, ModelError: With what to do about it.
     """
     ref = models.resolve(config.model)
+    corpus = inputs.open_corpus(config.input, config.output)
+    if selecting:
+        output_schema(corpus)  # columns that cannot be written are named before hours of scoring
+    for layout, count in Counter(s.columns.describe() for s in corpus.shards).items():
+        log.info("%d shard%s read as %s", count, "s"[: count > 1], layout)
     architecture = models.load_config(ref)
     preset = config.preset
     renderer = Renderer(
@@ -149,11 +164,7 @@ def check(config: Config, *, selecting: bool) -> Checked:
         preset.pair_tokens,
     )
     num_parameters = models.count_parameters(architecture)
-    corpus = inputs.open_corpus(config.input, config.output)
-    if selecting:
-        output_schema(corpus)  # columns that cannot be written are named before hours of scoring
-    for layout, count in Counter(s.columns.describe() for s in corpus.shards).items():
-        log.info("%d shard%s read as %s", count, "s"[: count > 1], layout)
+    _save_config(config)
     return Checked(config, corpus, ref, renderer, num_parameters)
 
 
@@ -249,6 +260,20 @@ def _without_missing(plan: Plan) -> Plan:
     missing = {unit.unit_id for unit in plan.pending()}
     kept: tuple[Unit, ...] = tuple(u for u in plan.units if u.unit_id not in missing)
     return Plan(kept, plan.scores_url)
+
+
+def _save_config(config: Config) -> None:
+    """Keep the resolved config beside the results; notices an output that cannot be written."""
+    text = config.model_dump_json(indent=1)
+    name = f"{units.fingerprint(config.model_dump(mode='json'))}.json"
+    url = storage.join(storage.absolute(config.output), "configs", name)
+    try:
+        storage.publish(url, text.encode())
+    except StorageError as err:
+        raise ConfigError(
+            f"output: {err}. Check the path, the credentials in the environment and the bucket's "
+            "policy."
+        ) from err
 
 
 def _max_length(config: Config, architecture: Any) -> int:

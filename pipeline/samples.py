@@ -124,7 +124,8 @@ def find_columns(
             return found
     has = ", ".join(schema.names)
     if layout == "auto":
-        known = "; ".join(f"{k}: {', '.join(v)}" for k, v in _FIELDS.items())
+        columns = {k: ", ".join(" or ".join(c) for c in v.values()) for k, v in _FIELDS.items()}
+        known = "; ".join(f"{name}: {listed}" for name, listed in columns.items())
         raise InputError(
             f"shard {where}: no known layout fits its columns (has: {has}; known: {known}). "
             "Map them, for example: --set input.columns.instruction=question "

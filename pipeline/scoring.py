@@ -160,7 +160,7 @@ def tokenise_unit(batch: pa.Table, settings: ScoringSettings) -> pa.Table:
         [[tuple(asdict(t).values()) for t in r.turns] for r in rendered],
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, TOKENS, strict=True)]
-    return _hand_on(text, _to_ipc(pa.Table.from_arrays(arrays, schema=TOKENS)))
+    return _hand_on(text, to_ipc(pa.Table.from_arrays(arrays, schema=TOKENS)))
 
 
 def read_rows(unit: Unit, columns: list[str] | None = None) -> pa.Table:
@@ -214,10 +214,10 @@ class UnitScorer:
             return _hand_on(text, b"", failure=failure)
         self._use_threads()
         started = time.time()
-        tokens = _from_ipc(batch["payload"][0].as_buffer())
+        tokens = from_ipc(batch["payload"][0].as_buffer())
         part, num_tokens = score_table(tokens, self.engine, self.prefix_ids)
         part = part.replace_schema_metadata(self._metadata(text))
-        return _hand_on(text, _to_ipc(part), started=started, tokens=num_tokens)
+        return _hand_on(text, to_ipc(part), started=started, tokens=num_tokens)
 
     def _use_threads(self) -> None:
         # Ray starts workers with one OpenMP thread, and calls an actor on another thread than the
@@ -242,7 +242,7 @@ def commit_unit(batch: pa.Table, scores_url: str) -> pa.Table:
     counts: Counter[str] = Counter()
     over_one = 0
     if not row["failure"]:
-        part = _from_ipc(batch["payload"][0].as_buffer())
+        part = from_ipc(batch["payload"][0].as_buffer())
         counts.update(part["status"].to_pylist())
         over_one = sum(1 for ratio in part["ifd_loss_ratio"].to_pylist() if ratio and ratio >= 1)
         storage.publish(storage.join(scores_url, f"{unit.unit_id}.parquet"), to_parquet(part))
@@ -307,12 +307,14 @@ def _hand_on(
     )
 
 
-def _to_ipc(table: pa.Table) -> bytes:
+def to_ipc(table: pa.Table) -> bytes:
+    """A table as Arrow IPC stream bytes, as it travels between stages."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
-def _from_ipc(buffer: pa.Buffer) -> pa.Table:
+def from_ipc(buffer: pa.Buffer) -> pa.Table:
+    """The inverse of `to_ipc`."""
     return pa.ipc.open_stream(buffer).read_all()

@@ -14,10 +14,12 @@ and settings: neither the number of workers nor times or absolute paths reach th
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -191,7 +193,7 @@ def _budget(settings: SelectSettings, num_rows: int, survey: Survey) -> int | No
     if settings.count is not None:
         return settings.count
     of = {"all": num_rows, "scored": survey.scored, "eligible": survey.eligible}[settings.of]
-    return int(Decimal(settings.fraction or "0") * of)
+    return math.floor(Fraction(settings.fraction or "0") * of)
 
 
 def _choose(
@@ -222,9 +224,11 @@ def _choose(
         wanted = int(from_top[position]) + budget - int(unique.sum())
         upper = lower
     chosen = ranked[unique][:budget]
-    last = np.flatnonzero(unique)[: len(chosen)]
-    passed_over = int(last[-1]) + 1 - len(chosen) if len(chosen) else 0
-    return chosen, passed_over
+    # Where the budget is not reached, all that is eligible was looked at.
+    looked_at = len(ranked)
+    if budget is not None and len(chosen) == budget:
+        looked_at = int(np.flatnonzero(unique)[budget - 1]) + 1
+    return chosen, looked_at - len(chosen)
 
 
 def _rank(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

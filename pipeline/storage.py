@@ -11,7 +11,7 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -69,7 +69,9 @@ def reading(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise InputError(f"{url}: there is no such file, directory or bucket.") from None
+        raise InputError(
+            f"{url}: there is no such file, directory or bucket. Check the spelling."
+        ) from None
     except NoCredentialsError:
         raise InputError(
             f"{url}: no credentials were found. Set them in the environment "
@@ -178,10 +180,9 @@ def publish(url: str, data: bytes) -> bool:
             return _link_file(path, data)
         fs.pipe_file(path, data, mode="create")
         return True
-    except FileExistsError:
-        return False
     except (OSError, BotoCoreError, ClientError) as err:
-        if _says_exists(err):
+        # Locally a FileExistsError comes from a parent "directory" that is a file.
+        if not _local(fs) and (isinstance(err, FileExistsError) or _says_exists(err)):
             return False
         raise StorageError(f"{url}: cannot write {len(data):,} bytes: {err}") from err
 
@@ -225,32 +226,37 @@ def replace_if_unchanged(url: str, data: bytes) -> None:
 
 
 def _link_file(path: str, data: bytes) -> bool:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
     _sync_directory(path)
     return True
 
 
 def _replace_file(path: str, data: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    os.replace(_write_temporary(path, data), path)
+    with _temporary(path, data) as temporary:
+        os.replace(temporary, path)
     _sync_directory(path)
 
 
-def _write_temporary(path: str, data: bytes) -> str:
+@contextmanager
+def _temporary(path: str, data: bytes) -> Iterator[str]:
+    """A synced file beside `path`, gone in the end whatever happens."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
     # A leading dot and no .parquet ending: no listing takes it for a part.
-    temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}.tmp")
-    with open(temporary, "xb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    return temporary
+    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        yield temporary
+    finally:
+        with suppress(FileNotFoundError):  # os.replace took it
+            os.unlink(temporary)
 
 
 def _sync_directory(path: str) -> None:

@@ -20,7 +20,7 @@ import ray
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.inputs import Corpus
+from pipeline.inputs import Corpus, Shard
 from pipeline.schemas import BAD_LINE, SELECTED
 from pipeline.scoring import read_rows
 from pipeline.units import Plan, Unit
@@ -36,13 +36,14 @@ def output_schema(corpus: Corpus) -> pa.Schema:
 
     Shards may differ: the output has every column that any shard has, in order of first
     appearance, null where a shard lacks it; a column's types are widened where nothing is lost
-    (int32 and int64, null and anything).
+    (int32 and int64, null and anything). JSON has no types of its own: scalars that differ over
+    ingested pieces become text, as they do within one.
 
     Raises:
         InputError: A column has types that do not go together, or a reserved name.
     """
-    merged = pa.schema([])
-    owner: dict[str, str] = {}
+    merged: dict[str, pa.DataType] = {}
+    owner: dict[str, Shard] = {}
     for shard in corpus.shards:
         for column in shard.schema:
             if column.name in SELECTED.names:
@@ -52,19 +53,27 @@ def output_schema(corpus: Corpus) -> pa.Schema:
                 )
             if column.name == BAD_LINE:
                 continue
-            column = pa.field(column.name, column.type)
-            first = owner.setdefault(column.name, shard.url)
-            try:
-                merged = pa.unify_schemas(
-                    [merged, pa.schema([column])], promote_options="permissive"
-                )
-            except pa.ArrowTypeError:
+            first = owner.setdefault(column.name, shard)
+            known = merged.get(column.name, pa.null())
+            widened = _widen(known, column.type)
+            if widened is None and first.ingested and shard.ingested:
+                widened = None if pa.types.is_nested(column.type) else pa.string()
+            if widened is None:
                 raise InputError(
-                    f"column '{column.name}': {merged.field(column.name).type} in shard {first}, "
-                    f"{column.type} in shard {shard.url}. Convert one of them, or run the shards "
-                    "as two corpora."
-                ) from None
-    return pa.schema([*merged, *SELECTED])
+                    f"column '{column.name}': {known} in shard {first.url}, {column.type} in "
+                    f"shard {shard.url}. Convert one of them, or run the shards as two corpora."
+                )
+            merged[column.name] = widened
+    return pa.schema([*merged.items(), *SELECTED])
+
+
+def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds both without loss, if there is one."""
+    both = [pa.schema([("column", kind)]) for kind in (one, other)]
+    try:
+        return pa.unify_schemas(both, promote_options="permissive").field("column").type
+    except pa.ArrowTypeError:
+        return None
 
 
 def write_subset(
@@ -128,13 +137,24 @@ def _extract(
         if field.name in SELECTED.names:
             columns.append(scores[field.name])
         elif field.name in text.schema.names:
-            columns.append(text[field.name].cast(field.type))
+            columns.append(_cast(text[field.name], field, unit))
         else:
             columns.append(pa.nulls(len(text), field.type))
     table = pa.table(columns, schema=schema)
     part_of_row = ranks // _ROWS_PER_PART
     tables = [table.filter(pa.array(part_of_row == part)) for part in range(num_parts)]
     return tables[0] if num_parts == 1 else tuple(tables)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, unit: Unit) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid as err:  # 2**53 + 1 as a float64, 2**63 as an int64
+        raise InputError(
+            f"shard {unit.shard_url}: column '{field.name}' has type {column.type}, and not all of "
+            f"it fits {field.type}, which the shards have in common: {err}. Convert it, or run "
+            "the shards as two corpora."
+        ) from None
 
 
 @ray.remote

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from pipeline import storage
-from pipeline.inputs import INGEST_VERSION, Corpus, Shard
+from pipeline.ingest import INGEST_VERSION
+from pipeline.inputs import Corpus, Shard
 from pipeline.samples import CANONICALISER_VERSION, Columns
 
 _BYTES_PER_TOKEN = 4

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -211,8 +212,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         "GOMEMLIMIT": "200MiB",
     }
     os.environ.update(settings)
+    weed = str(Path(sys.executable).with_name("weed"))  # of this environment, active or not
     command = [
-        "weed", "-logtostderr", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        weed, "-logtostderr", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-s3.port={ports[0]}", f"-master.port={ports[1]}", f"-volume.port={ports[2]}",
         f"-filer.port={ports[3]}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false",
         "-admin.ui=false", "-master.telemetry=false", f"-filer.localSocket={folder}/filer.sock",

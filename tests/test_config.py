@@ -252,7 +252,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, said:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml: there is no such file"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: there is no such file"):
         config.load(str(tmp_path / "absent.yaml"))
 
 

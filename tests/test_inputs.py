@@ -14,7 +14,7 @@ from conftest import S3, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import inputs
+from pipeline import ingest, inputs
 from pipeline.config import InputConfig
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
@@ -176,7 +176,7 @@ def test_a_bad_line_is_a_malformed_row_that_names_its_line(
     assert rows_of(corpus) == [A, nothing, nothing, nothing, nothing, B]
     first, cut, array, utf8, null, last = reasons_of(corpus)
     assert (first, last) == (None, None)
-    assert str(cut).startswith("bad_line: line 2: Unterminated string")
+    assert str(cut).startswith("bad_line: line 2: Invalid control character")
     assert array == "bad_line: line 4: got list, expected an object"
     assert str(utf8).startswith("bad_line: line 5: 'utf-8' codec")
     assert null == "bad_line: line 6: got NoneType, expected an object"
@@ -206,11 +206,9 @@ def test_integers_stay_integers(tmp_path: Path, open_at: Callable[..., Corpus]) 
 def test_a_value_that_does_not_fit_the_lists_before_it_is_named_by_its_line(
     tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_INGEST_ROWS", 2)
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 2)
     turns = [{"role": "user", "content": "a"}]
-    text = jsonl(
-        {"messages": turns}, {"messages": turns}, {"messages": turns}, b"", {"messages": 5}
-    )
+    text = jsonl(*[{"messages": turns}] * 3, b"", {"messages": 5})
     corpus = open_at(write(tmp_path / "in/a.jsonl", text))
     assert [r["messages"] for r in rows_of(corpus)] == [turns, turns, turns, None]
     *fine, bad = reasons_of(corpus)
@@ -221,9 +219,9 @@ def test_a_value_that_does_not_fit_the_lists_before_it_is_named_by_its_line(
 def test_lone_surrogates_become_replacement_characters(
     tmp_path: Path, open_at: Callable[..., Corpus]
 ) -> None:
-    text = (
-        b'{"instruction":"a\\ud800b","output":"\\ud83d\\ude00","\\udfff":[{"\\ud800":"\\udc00"}]}\n'
-    )
+    row = {"instruction": "a\ud800b", "output": "\ud83d\ude00", "\udfff": [{"\ud800": "\udc00"}]}
+    text = jsonl(row)  # json.dumps spells every surrogate as an escape
+    assert b'"a\\ud800b"' in text
     corpus = open_at(write(tmp_path / "in/a.jsonl", text))
     expected = {"instruction": "a\ufffdb", "output": "\U0001f600", "\ufffd": [{"\ufffd": "\ufffd"}]}
     assert rows_of(corpus) == [expected]
@@ -253,7 +251,7 @@ def test_rows_nested_as_deep_as_allowed_come_back(
     tmp_path: Path, open_at: Callable[..., Corpus]
 ) -> None:
     value: Any = "x"
-    for level in range(inputs._MAX_DEPTH - 1):
+    for level in range(ingest._MAX_DEPTH - 1):
         value = [value] if level % 2 else {"k": value}
     corpus = open_at(write(tmp_path / "in/a.jsonl", jsonl({**A, "x": value})))
     assert rows_of(corpus) == [{**A, "x": value}]
@@ -417,7 +415,7 @@ def test_an_ingest_that_was_cut_off_is_done_again(
 def test_a_large_file_becomes_several_pieces(
     tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_INGEST_ROWS", 2)
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 2)
     rows = [{"instruction": str(i), "output": "x"} for i in range(5)]
     path = write(tmp_path / "in/a.jsonl", jsonl(*rows))
     corpus = open_at(path)
@@ -429,7 +427,7 @@ def test_a_large_file_becomes_several_pieces(
 def test_pieces_are_planned_in_the_order_of_lines(
     tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_INGEST_ROWS", 1)
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 1)
     rows = [{"instruction": str(i), "output": "x"} for i in range(12)]  # '#10' sorts before '#2'
     assert rows_of(open_at(write(tmp_path / "in/a.jsonl", jsonl(*rows)))) == rows
 
@@ -486,10 +484,37 @@ _objects = st.dictionaries(st.sampled_from(["a", "b", "\ud800", "instruction"]),
 @given(st.lists(_objects, min_size=1, max_size=6))
 def test_any_json_objects_become_a_readable_shard_with_a_row_for_each(rows: list[Row]) -> None:
     parsed = [
-        inputs._parse_line(json.dumps(row).encode(), f"line {i}") for i, row in enumerate(rows)
+        ingest._parse_line(json.dumps(row).encode(), f"line {i}") for i, row in enumerate(rows)
     ]
-    table = pq.read_table(pa.BufferReader(inputs._to_parquet(parsed)))
+    table = pq.read_table(pa.BufferReader(ingest._to_parquet(parsed)))
     assert table.num_rows == len(rows)
     for row, stored in zip(rows, table.to_pylist(), strict=True):
         if stored[BAD_LINE] is None and isinstance(row.get("a"), str):
             assert stored["a"] == row["a"]
+
+
+def test_a_piece_of_broken_lines_only_is_malformed_rows(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 2)
+    lines = ['{"prompt": "a", "completion": "b"}'] * 2 + ["{broken"] * 2
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
+    corpus = open_at(tmp_path / "in")
+    assert [shard.num_rows for shard in corpus.shards] == [2, 2]
+    last = corpus.shards[1]
+    samples = list(read_samples(pq.read_table(last.read_url), last.columns))
+    reasons = [str(sample.malformed)[:17] for sample in samples]
+    assert reasons == ["bad_line: line 3:", "bad_line: line 4:"]
+
+
+def test_scalars_that_differ_over_pieces_are_text_in_the_output(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.subset import output_schema
+
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 1)
+    lines = [json.dumps({"prompt": "a", "completion": "b", "id": i}) for i in (1, "two", 3)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
+    assert output_schema(open_at(tmp_path / "in")).field("id").type == pa.string()

@@ -28,8 +28,7 @@ def tokens_table(renderer: Renderer, samples: list[Sample]) -> pa.Table:
             "num_prompt_tokens": r.num_prompt_tokens,
             "truncated": r.truncated,
             "turns": [
-                (t.direct_start, t.conditioned_start, t.direct_scored_start, t.end)
-                for t in r.turns
+                (t.direct_start, t.conditioned_start, t.direct_scored_start, t.end) for t in r.turns
             ],
         }
         for index, r in enumerate(renderer(samples))

@@ -138,7 +138,7 @@ def test_10_selection_takes_scores_as_they_are(
     """Selection names its parts by the score fingerprint; other settings find no parts at all."""
     run.score(config_for(corpus))
     assert run.select(config_for(corpus)).summary.units_scored == 0
-    with pytest.raises(InputError, match="not\\s+scored yet"):
+    with pytest.raises(InputError, match=r"not\s+scored yet"):
         run.select(config_for(corpus, score={"max_length": 100}))
 
 

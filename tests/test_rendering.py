@@ -14,6 +14,11 @@ from pipeline.rendering import (
 )
 from pipeline.samples import Message, Sample
 
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+
 
 def sample(*turns: tuple[str, str]) -> Sample:
     return Sample(tuple(Message(role, content) for role, content in turns))
@@ -67,12 +72,8 @@ def test_alpaca_prompt_is_the_reference_programs_text() -> None:
         ("wizardlm", "1, 2", "Add.\n1, 2\n\n### Response:Three."),
         ("plain", "", "Add.\nThree."),
         ("plain", "1, 2", "Add.\n1, 2\nThree."),
-        ("vicuna", "", "A chat between a curious user and an artificial intelligence assistant. The "
-         "assistant gives helpful, detailed, and polite answers to the user's questions. USER: Add."
-         " ASSISTANT:Three."),
-        ("vicuna", "1, 2", "A chat between a curious user and an artificial intelligence assistant."
-         " The assistant gives helpful, detailed, and polite answers to the user's questions. USER:"
-         " Add.\nInput:\n1, 2 ASSISTANT:Three."),
+        ("vicuna", "", VICUNA + " USER: Add. ASSISTANT:Three."),
+        ("vicuna", "1, 2", VICUNA + " USER: Add.\nInput:\n1, 2 ASSISTANT:Three."),
         ("chat", "1, 2", "<|im_start|>user\nAdd.\n1, 2<|im_end|>\n<|im_start|>assistant\nThree."),
     ],
 )  # fmt: skip
