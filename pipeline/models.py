@@ -9,9 +9,10 @@ code of a model is ever run.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,10 @@ from pipeline import storage
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 
+log = logging.getLogger("cherry")
+
 CONVERSION_VERSION = 1
-_CONVERTED = "cherry_conversion.json"
+_HASHES = "cherry_hashes.json"
 _DESCRIPTION_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -252,18 +255,37 @@ def _hub_download(name: str, revision: str | None, patterns: list[str]) -> str:
         ) from err
 
 
-def _once(cache_dir: str, name: str, make: Any) -> str:
-    """Make a directory in the cache, whole or not at all, by one process of the node."""
+def _once(cache_dir: str, name: str, make: Callable[[str], None]) -> str:
+    """Make a directory in the cache, whole or not at all, by one process of the node.
+
+    Its files' hashes are recorded; a directory that no longer has them is made again.
+    """
     final = Path(cache_dir, "models", name)
     final.parent.mkdir(parents=True, exist_ok=True)
     with _locked(final.with_suffix(".lock")):
+        if final.is_dir() and not _intact(final, cache_dir):
+            log.warning("%s: damaged in the cache, made again", final)
+            shutil.rmtree(final)
         if not final.is_dir():
             temporary = final.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed here
             temporary.mkdir()
             make(str(temporary))
+            hashes = {p.name: _file_sha256(str(p), cache_dir) for p in temporary.iterdir()}
+            Path(temporary, _HASHES).write_text(json.dumps(hashes, indent=1))
             temporary.rename(final)
     return str(final)
+
+
+def _intact(directory: Path, cache_dir: str) -> bool:
+    record = directory / _HASHES
+    if not record.is_file():
+        return False
+    hashes = json.loads(record.read_text())
+    return all(
+        (directory / name).is_file() and _file_sha256(str(directory / name), cache_dir) == digest
+        for name, digest in hashes.items()
+    )
 
 
 @contextmanager
@@ -295,8 +317,6 @@ def _convert_gguf(ref: ModelRef, into: str) -> None:
     model.hf_quantizer = None
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
-    record = {"source": ref.fingerprint, "conversion_version": CONVERSION_VERSION}
-    Path(into, _CONVERTED).write_text(json.dumps(record))
 
 
 def _download(url: str, into: str, weights: bool) -> None:

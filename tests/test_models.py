@@ -1,0 +1,140 @@
+"""Models: what is found, what identifies it, and a cache that two processes share."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_model
+from safetensors.torch import load_file, save_file
+
+from pipeline import models
+from pipeline.config import ModelConfig
+from pipeline.errors import ModelError
+
+
+def resolve(path: Path, cache: Path, **options: str) -> models.ModelRef:
+    return models.resolve(ModelConfig(path=str(path), cache_dir=str(cache), **options))
+
+
+def test_a_directory_is_identified_by_its_weights_content(model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    first = resolve(model_dir, tmp_path).fingerprint
+    assert resolve(copy, tmp_path).fingerprint == first
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert resolve(copy, tmp_path).fingerprint != first
+    with pytest.raises(ModelError, match=f"expected model.revision {first}"):
+        resolve(copy, tmp_path, revision=first)
+
+
+def test_a_changed_config_is_another_model(model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    before = resolve(copy, tmp_path).fingerprint
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    assert resolve(copy, tmp_path).fingerprint != before
+
+
+def test_missing_weights_are_refused_not_made_up(model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    ref = resolve(copy, tmp_path)
+    with pytest.raises(ModelError, match=r"weights lack model\.layers\.1\.mlp\.up_proj"):
+        models.load(ref, torch.float32, torch.device("cpu"))
+
+
+def test_a_directory_without_a_tokenizer_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        models.load_tokenizer(resolve(copy, tmp_path))
+
+
+def test_parameters_are_counted_without_weights(model_dir: Path, tmp_path: Path) -> None:
+    model = tiny_model("Llama", max_position_embeddings=2048)
+    config = models.load_config(resolve(model_dir, tmp_path))
+    assert models.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+def _make_slowly(cache: str, log: str, barrier: Any) -> None:
+    def make(into: str) -> None:
+        with open(log, "a") as handle:
+            handle.write(f"{os.getpid()}\n")
+        Path(into, "file").write_text("content")
+
+    barrier.wait()
+    models._once(cache, "thing", make)
+
+
+def test_two_processes_make_a_cached_model_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    log = tmp_path / "log"
+    arguments = (str(tmp_path), str(log), barrier)
+    workers = [context.Process(target=_make_slowly, args=arguments) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert len(log.read_text().splitlines()) == 1
+
+
+def _die_halfway(cache: str) -> None:
+    def make(into: str) -> None:
+        Path(into, "file").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    models._once(cache, "thing", make)
+
+
+def test_a_process_that_is_killed_leaves_no_half_model_and_no_lock(tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("spawn").Process(
+        target=_die_halfway, args=(str(tmp_path),)
+    )
+    worker.start()
+    worker.join(timeout=120)
+    assert worker.exitcode == -signal.SIGKILL
+    made = models._once(str(tmp_path), "thing", lambda into: _write(into, "whole"))
+    assert Path(made, "file").read_text() == "whole"
+
+
+def test_a_damaged_cached_model_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Path(models._once(str(tmp_path), "thing", lambda into: _write(into, "whole")))
+    kept = models._once(str(tmp_path), "thing", lambda into: _write(into, "never"))
+    assert Path(kept, "file").read_text() == "whole"
+    (made / "file").write_text("wh0le")
+    again = models._once(str(tmp_path), "thing", lambda into: _write(into, "new"))
+    assert Path(again, "file").read_text() == "new"
+    assert "damaged" in caplog.text
+
+
+def _write(into: str, text: str) -> None:
+    Path(into, "file").write_text(text)
+
+
+def test_tokenizers_are_told_apart() -> None:
+    one, same, other = (make_tokenizer(), make_tokenizer(), make_tokenizer(bos=True))
+    assert models.tokenizer_fingerprint(one) == models.tokenizer_fingerprint(same)
+    assert models.tokenizer_fingerprint(one) != models.tokenizer_fingerprint(other)
+
+
+@pytest.mark.smollm2
+def test_gguf_converts_to_the_same_tokens_and_finite_weights(smollm2: Path) -> None:
+    ref = models.resolve(ModelConfig(path=str(smollm2)))
+    assert ref.fingerprint.startswith("sha256:b179c9523d0e6a0f")
+    tokenizer = models.load_tokenizer(ref)
+    assert tokenizer.chat_template
+    model = models.load(ref, torch.float32, torch.device("cpu"))
+    assert model.config.max_position_embeddings == 8192
+    assert all(torch.isfinite(p).all() for p in model.parameters())
