@@ -28,73 +28,20 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import TemplateName
 from pipeline.errors import ModelError
-from pipeline.samples import Message, Sample
+from pipeline.samples import MalformedSampleError, Message, Sample
+from pipeline.templates import (
+    TEXT_TEMPLATES,
+    TextTurn,
+    chat_messages,
+    render_text,
+    until_last_answer,
+)
 
 RENDERING_VERSION = 1
 
 # Chat templates may print today's date; a score must not depend on the day it was computed. The
 # empty expression keeps Jinja's trim_blocks from eating a newline that the template begins with.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
-
-
-@dataclass(frozen=True)
-class TextTemplate:
-    """A prompt template that is plain text. Each prompt ends with the marker."""
-
-    with_input: str
-    without_input: str
-    marker: str = ""
-    system: str = ""
-    """Default of `{system}`; a sample's own system message replaces it. A template without
-    `{system}` puts such a message before the instruction, a blank line between."""
-    next_turn: str | None = None
-    """How a further turn follows a response; None: the template has single turns only."""
-
-
-_ALPACA_TAIL = (
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
-)
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions."
-)
-TEXT_TEMPLATES: dict[TemplateName, TextTemplate] = {
-    "alpaca": TextTemplate(
-        with_input="Below is an instruction that describes a task, paired with an input that "
-        "provides further context. " + _ALPACA_TAIL + "\n\n### Input:\n{input}\n\n### Response:",
-        without_input="Below is an instruction that describes a task. "
-        + _ALPACA_TAIL
-        + "\n\n### Response:",
-        marker="### Response:",
-    ),
-    "wizardlm": TextTemplate(
-        with_input="{instruction}\n{input}\n\n### Response:",
-        without_input="{instruction}\n\n### Response:",
-        marker="### Response:",
-    ),
-    # Cherry_LLM's Vicuna prompt. Its direct side starts with 'ASSISTANT:', which inside the prompt
-    # shares its first token with the space before it; here the direct side keeps that token.
-    "vicuna": TextTemplate(
-        with_input="{system} USER: {instruction}\nInput:\n{input} ASSISTANT:",
-        without_input="{system} USER: {instruction} ASSISTANT:",
-        marker="ASSISTANT:",
-        system=_VICUNA_SYSTEM,
-        next_turn="{eos}USER: {instruction} ASSISTANT:",
-    ),
-    "plain": TextTemplate(
-        with_input="{instruction}\n{input}\n",
-        without_input="{instruction}\n",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class TextTurn:
-    """Character offsets of one assistant turn in a render."""
-
-    marker: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -131,10 +78,6 @@ class RenderedSample:
     turns: tuple[TokenTurn, ...] = ()
     num_prompt_tokens: int = 0
     truncated: bool = False
-
-
-class _Malformed(ValueError):
-    """A sample that this template cannot render; the message is the reason stored with it."""
 
 
 class Renderer:
@@ -179,13 +122,13 @@ class Renderer:
         for sample in samples:
             try:
                 if sample.malformed is not None:
-                    raise _Malformed(sample.malformed)
+                    raise MalformedSampleError(sample.malformed)
                 messages = until_last_answer(sample.messages)
                 if not messages:
                     results.append(RenderedSample("empty_response"))
                     continue
                 text, turns = self._render(messages)
-            except _Malformed as err:
+            except MalformedSampleError as err:
                 results.append(RenderedSample("malformed", reason=str(err)))
                 continue
             pending.append((len(results), turns))
@@ -209,7 +152,7 @@ class Renderer:
         if any("tool_calls" in m for m in chat):
             silent = [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat]
             if self._apply(silent, prompt=False) == whole:
-                raise _Malformed("tool_call")
+                raise MalformedSampleError("tool_call")
         turns = []
         for index, message in enumerate(chat):
             content = message["content"]
@@ -218,7 +161,7 @@ class Renderer:
             before = self._apply(chat[:index], prompt=False)
             head = self._apply(chat[:index], prompt=True)
             if not (head.startswith(before) and whole.startswith(head + content)):
-                raise _Malformed("template")
+                raise MalformedSampleError("template")
             turns.append(TextTurn(len(before), len(head), len(head) + len(content)))
         return whole, turns
 
@@ -235,7 +178,7 @@ class Renderer:
         # What a template does with a chat it was not written for: raise_exception, a missing
         # key, messages[0] of an empty list, or string operations on what is no string.
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as err:
-            raise _Malformed("template") from err
+            raise MalformedSampleError("template") from err
 
     def _find_spans(
         self, ids: list[int], offsets: npt.NDArray[np.int64], turns: list[TextTurn]
@@ -289,74 +232,6 @@ class Renderer:
         if self.pair_tokens:
             conditioned_start = direct_scored_start = max(conditioned_start, direct_scored_start)
         return TokenTurn(min(direct, end), conditioned_start, direct_scored_start, end)
-
-
-def until_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages up to the last answer with content; empty if there is none."""
-    for index in range(len(messages) - 1, -1, -1):
-        if messages[index].role == "assistant" and messages[index].content.strip():
-            return messages[: index + 1]
-    return ()
-
-
-def render_text(
-    template: TextTemplate, messages: tuple[Message, ...], eos: str
-) -> tuple[str, list[TextTurn]]:
-    """Render under a text template; spans follow from the lengths of what is put together.
-
-    Raises:
-        ValueError: The reason for `malformed`: tool_call, multi_turn or turn_order.
-    """
-    if any(m.role == "tool" or "tool_calls" in m.extra for m in messages):
-        raise _Malformed("tool_call")
-    system = "\n\n".join(m.content for m in messages if m.role == "system")
-    rest = [m for m in messages if m.role != "system"]
-    text = ""
-    turns: list[TextTurn] = []
-    while rest:
-        if text and template.next_turn is None:
-            raise _Malformed("multi_turn")
-        roles = [m.role for m in rest[:3]]
-        if roles[:2] == ["user", "assistant"]:
-            (user, answer), extra = rest[:2], None
-        elif roles == ["user", "input", "assistant"]:
-            user, extra, answer = rest[:3]
-        else:
-            raise _Malformed("multi_turn" if template.next_turn is None else "turn_order")
-        rest = rest[2 if extra is None else 3 :]
-        if text:
-            text += str(template.next_turn).format(eos=eos, instruction=user.content)
-        else:
-            text += _first_prompt(template, system, user, extra)
-        start = len(text)
-        text += answer.content
-        if answer.content.strip():
-            turns.append(TextTurn(start - len(template.marker), start, len(text)))
-    return text, turns
-
-
-def _first_prompt(template: TextTemplate, system: str, user: Message, extra: Message | None) -> str:
-    pattern = template.without_input if extra is None else template.with_input
-    instruction = user.content
-    if system and not template.system:
-        instruction = f"{system}\n\n{instruction}"
-    # str.format reads fields from the template only: braces in a content stay braces.
-    return pattern.format(
-        system=system or template.system,
-        instruction=instruction,
-        input="" if extra is None else extra.content,
-    )
-
-
-def chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them; an Alpaca input joins its instruction by a newline."""
-    chat: list[dict[str, Any]] = []
-    for message in messages:
-        if message.role == "input":
-            chat[-1]["content"] += "\n" + message.content
-        else:
-            chat.append({"role": message.role, "content": message.content, **message.extra})
-    return chat
 
 
 def exact_offsets_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -48,6 +48,10 @@ _ROLES: dict[str, Role] = {
 _TOOL_CALL_ROLES = {"function_call", "tool_call"}
 
 
+class MalformedSampleError(ValueError):
+    """A row that cannot be made a sample, or rendered; the message is the reason stored with it."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One message of a sample."""
@@ -152,11 +156,11 @@ def read_samples(table: pa.Table, columns: Columns) -> Iterator[Sample]:
     for fault, *row in zip(faults, *values, strict=BAD_LINE in table.schema.names):
         try:
             if fault is not None:
-                raise _Malformed(f"bad_line: {fault}")
+                raise MalformedSampleError(f"bad_line: {fault}")
             if any(value is _NOT_UTF8 for value in row):
-                raise _Malformed("utf8")
+                raise MalformedSampleError("utf8")
             yield Sample(tuple(reader(dict(zip(fields, row, strict=True)))))
-        except _Malformed as err:
+        except MalformedSampleError as err:
             yield Sample(malformed=str(err))
 
 
@@ -177,10 +181,6 @@ def sample_id(messages: tuple[Message, ...]) -> bytes:
             digest.update(len(raw).to_bytes(8, "little"))
             digest.update(raw)
     return digest.digest()
-
-
-class _Malformed(ValueError):
-    """A row that cannot be made a sample; the message is the reason stored with it."""
 
 
 _NOT_UTF8 = object()
@@ -246,7 +246,7 @@ def _is_list_of(kind: pa.DataType, keys: tuple[str, str]) -> bool:
 def _alpaca(row: dict[str, str | None]) -> Iterator[Message]:
     instruction = row["instruction"]
     if instruction is None:
-        raise _Malformed("null_instruction")
+        raise MalformedSampleError("null_instruction")
     yield Message("user", instruction)
     if extra := row.get("input"):
         yield Message("input", extra)
@@ -256,7 +256,7 @@ def _alpaca(row: dict[str, str | None]) -> Iterator[Message]:
 def _prompt_completion(row: dict[str, str | None]) -> Iterator[Message]:
     prompt = row["prompt"]
     if prompt is None:
-        raise _Malformed("null_prompt")
+        raise MalformedSampleError("null_prompt")
     yield Message("user", prompt)
     yield Message("assistant", row["response"] or "")
 
@@ -271,18 +271,18 @@ def _sharegpt(row: dict[str, Any]) -> Iterator[Message]:
 
 def _chat(turns: list[dict[str, Any]] | None, role_key: str, content_key: str) -> Iterator[Message]:
     if turns is None:
-        raise _Malformed("null_messages")
+        raise MalformedSampleError("null_messages")
     if not turns:
-        raise _Malformed("no_messages")
+        raise MalformedSampleError("no_messages")
     for turn in turns:
         if turn is None:
-            raise _Malformed("null_message")
+            raise MalformedSampleError("null_message")
         name = turn[role_key]
         if name in _TOOL_CALL_ROLES:
-            raise _Malformed("tool_call")
+            raise MalformedSampleError("tool_call")
         role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise _Malformed("role")
+            raise MalformedSampleError("role")
         extra = {
             key: _without_nulls(turn[key])
             for key in ("tool_calls", "name", "tool_call_id")
@@ -299,10 +299,10 @@ def _joined(content: Any) -> str:
     if isinstance(content, list):
         parts = [p for p in content if p is not None]
         if any(not isinstance(p, dict) or p.get("text") is None for p in parts):
-            raise _Malformed("content")
+            raise MalformedSampleError("content")
         return "".join(p["text"] for p in parts)
     if not isinstance(content, str):
-        raise _Malformed("content")
+        raise MalformedSampleError("content")
     return content
 
 

@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal
+from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -33,6 +33,9 @@ from pipeline.config import Ratio, SelectConfig
 from pipeline.inputs import Corpus
 from pipeline.subset import WRITER_VERSION, output_schema, write_subset
 from pipeline.units import Plan, fingerprint
+
+_EXACT = Context(prec=1000)
+"""0.1 and 0.10 are one setting, and no digit of a longer one is rounded away."""
 
 _UNITS_PER_TASK = 64
 _BINS = 1 << 16
@@ -65,7 +68,7 @@ class SelectSettings:
             fraction = Decimal("0.10")
         return cls(
             by=by,
-            fraction=None if fraction is None else str(fraction.normalize()),
+            fraction=None if fraction is None else str(fraction.normalize(_EXACT)),
             count=config.count,
             threshold=config.threshold,
             of=config.of,

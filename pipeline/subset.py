@@ -35,9 +35,9 @@ def output_schema(corpus: Corpus) -> pa.Schema:
     """Columns of the cherry subset: the input's, then those of SELECTED.
 
     Shards may differ: the output has every column that any shard has, in order of first
-    appearance, null where a shard lacks it; a column's types are widened where nothing is lost
-    (int32 and int64, null and anything). JSON has no types of its own: scalars that differ over
-    ingested pieces become text, as they do within one.
+    appearance, null where a shard lacks it; a column's types are widened (int32 and int64, int64
+    and double, null and anything), and a value that the common type cannot hold ends the writing.
+    JSON has no types of its own: scalars that differ over ingested pieces become text.
 
     Raises:
         InputError: A column has types that do not go together, or a reserved name.
@@ -68,7 +68,7 @@ def output_schema(corpus: Corpus) -> pa.Schema:
 
 
 def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds both without loss, if there is one."""
+    """The common type of two, if there is one."""
     both = [pa.schema([("column", kind)]) for kind in (one, other)]
     try:
         return pa.unify_schemas(both, promote_options="permissive").field("column").type

@@ -5,7 +5,6 @@ from conftest import CHATML, make_tokenizer
 
 from pipeline.errors import ModelError
 from pipeline.rendering import (
-    TEXT_TEMPLATES,
     RenderedSample,
     Renderer,
     TokenTurn,
@@ -13,6 +12,7 @@ from pipeline.rendering import (
     prefix_token_ids,
 )
 from pipeline.samples import Message, Sample
+from pipeline.templates import TEXT_TEMPLATES
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
