@@ -12,6 +12,7 @@ On load, probe sequences are scored in a pack and by transformers' own eager att
 architecture that disagrees is scored in padded batches through its own attention instead.
 """
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ log = logging.getLogger("cherry")
 # difference of a logit: 0.0, 5e-4 and 4e-3 there.
 _ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
 _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+# malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes.
+_MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
 
 _PROBE_LENGTHS = (33, 64, 47)
 _PROBE_TAIL = 32
@@ -71,6 +75,18 @@ def auto_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a pack frees for the next pack, instead of handing it to the system.
+
+    Activations of some megabytes are otherwise mapped, zeroed by page faults and unmapped again in
+    every layer: SmolLM2-135M in bfloat16 on two cores scored 787 tokens/s without and 964 with.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; musl and macOS have their own ways
+        for option, value in _MALLOC_OPTIONS.items():
+            libc.mallopt(option, value)
 
 
 def auto_batch_tokens(device: torch.device, config: Any) -> int:

@@ -27,7 +27,7 @@ from ray.data import ActorPoolStrategy
 from pipeline import models, storage
 from pipeline.cluster import Workers
 from pipeline.config import TemplateName
-from pipeline.engine import Engine
+from pipeline.engine import Engine, keep_freed_memory
 from pipeline.errors import InputError
 from pipeline.metric import score_table
 from pipeline.models import ModelRef
@@ -202,6 +202,7 @@ class UnitScorer:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
         self._use_threads()
+        keep_freed_memory()
         dtype: torch.dtype = getattr(torch, settings.dtype)
         model = models.load(settings.model, dtype, device)
         self.engine = Engine(model, settings.max_batch_tokens, settings.max_length)

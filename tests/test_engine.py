@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import engine as engine_module
-from pipeline.attention import UnsupportedAttentionError, packed_attention
+from pipeline.attention import UnsupportedAttentionError, _plan_groups, packed_attention
 from pipeline.engine import Engine, TokenSequence, auto_dtype
 
 FAMILIES = {
@@ -85,6 +85,17 @@ def test_fused_attention_of_long_sequences_equals_eager() -> None:
         sequences = sequences_of([900, 513, 20])
         for sequence, loss in zip(sequences, Engine(model).score(sequences), strict=True):
             assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+def test_neighbours_of_unlike_lengths_are_grouped_and_ungrouped_right() -> None:
+    model = tiny_model("Llama", num_attention_heads=4, num_key_value_heads=1)
+    lengths = [30, 30, 29, 25, 24, 23, 22, 12, 11, 9, 9, 5, 4, 4, 2, 2]
+    groups = _plan_groups(tuple(np.cumsum([0, *lengths]).tolist()), 4)
+    assert [n for group in groups for n in group.lengths] == lengths
+    assert max(len(group.lengths) for group in groups) > 1
+    sequences = sequences_of(lengths)
+    for sequence, loss in zip(sequences, Engine(model).score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

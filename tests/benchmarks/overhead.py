@@ -22,7 +22,7 @@ import ray
 import torch
 
 from pipeline import config, models, run, scoring
-from pipeline.engine import Engine
+from pipeline.engine import Engine, keep_freed_memory
 from pipeline.metric import score_table
 
 HERE = Path(__file__).parent
@@ -39,6 +39,7 @@ def main() -> None:
     # would be measured.
     os.environ["RAY_worker_niceness"] = "0"
     torch.set_num_threads(os.cpu_count() or 1)
+    keep_freed_memory()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     engine_speeds, job_speeds = [], []
     with tempfile.TemporaryDirectory() as folder:
