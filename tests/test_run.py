@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,21 @@ def test_a_rerun_scores_nothing_and_changes_nothing(
     assert again.rows_reused == len(ROWS)
     assert again.rows_by_status == first.rows_by_status
     assert objects(again.scores_path) | objects(str(again.cherry_path)) == before
+
+
+def test_a_rerun_with_nothing_new_starts_no_model(
+    ray_local: None, config_for: ConfigFor, corpus: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    cache = {"path": str(copy), "cache_dir": str(tmp_path / "cache")}
+    first = run.run(config_for(corpus, model=cache)).summary
+    weights = copy / "model.safetensors"
+    stat = weights.stat()
+    weights.write_bytes(b"\0" * stat.st_size)  # of the same size and time: its hash is known,
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and loading it would fail
+    again = run.run(config_for(corpus, model=cache, select={"count": 2})).summary
+    assert again.score_fingerprint == first.score_fingerprint
+    assert (again.units_scored, again.selected_rows) == (0, 2)
 
 
 def test_only_what_is_new_is_scored(ray_local: None, config_for: ConfigFor, corpus: Path) -> None:
