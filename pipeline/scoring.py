@@ -203,10 +203,10 @@ class UnitScorer:
 
     def __init__(self, settings: ScoringSettings, device: str, threads: int) -> None:
         """Load the model on `device` (cuda or cpu); the node fetches it once."""
-        # Ray starts workers with one OpenMP thread and calls an actor on another thread than the one
-        # that makes it; OpenMP keeps number and pool per thread. Two pools would be more threads
-        # than cores, which then sleep instead of spinning: 23,000 tokens/s of a 260,000-parameter
-        # model instead of 37,000. So the threads come with the first call, and loading has one.
+        # Ray starts workers with one OpenMP thread, and calls an actor on another thread than the
+        # one that makes it; OpenMP keeps number and pool per thread. Two pools would be more
+        # threads than cores, which then sleep instead of spinning: 23,000 tokens/s of a model of
+        # 260,000 parameters instead of 37,000. So threads come with the first call.
         self._threads = threads
         keep_freed_memory()
         dtype: torch.dtype = getattr(torch, settings.dtype)
