@@ -75,8 +75,9 @@ def show(result: Result, console: Console) -> None:
     console.print(_facts(result))
     if result.survey and result.survey.highest:
         by = result.selection.manifest["settings"]["by"] if result.selection else ""
-        console.print(_samples(result.plan, result.survey.highest, f"Highest {by}"))
-        console.print(_samples(result.plan, result.survey.lowest, f"Lowest {by}"))
+        ends = {"Highest": result.survey.highest, "Lowest": result.survey.lowest}
+        for name, rows in ends.items():
+            console.print(_samples(result.plan, rows, f"{name} {by} of the eligible rows"))
     console.print(_files(summary), soft_wrap=True)
 
 
