@@ -43,16 +43,16 @@ def test_every_loss_is_the_reference_program_s(
     renderer = Renderer(tokenizer, chosen.template, chosen.max_length, chosen.pair_tokens)
     samples = list(read_samples(table, find_columns(table.schema, "golden", "auto", {})))
     part, _ = score_table(tokens_table(renderer, samples), engine, renderer.prefix_ids)
-    compared = 0
+    differences = []
     for row, ours in zip(rows, part.to_pylist(), strict=True):
         reference = row[preset]
         if reference["loss_conditioned"] is None or reference["loss_direct"] is None:
             assert ours["status"] in ("too_short", "prompt_overlong"), row
             continue
         conditioned = ours["nll_conditioned"] / ours["num_response_tokens"]
-        assert conditioned == pytest.approx(reference["loss_conditioned"], abs=1e-3)
+        differences.append(abs(conditioned - reference["loss_conditioned"]))
         if not ours["truncated"]:  # there the references keep one direct token more
             direct = ours["nll_direct"] / ours["num_direct_tokens"]
-            assert direct == pytest.approx(reference["loss_direct"], abs=1e-3)
-        compared += 1
-    assert compared >= 140
+            differences.append(abs(direct - reference["loss_direct"]))
+    assert len(differences) >= 280
+    assert max(differences) < 1e-4  # asked for: 1e-3; measured: 2.5e-5

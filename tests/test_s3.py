@@ -169,7 +169,8 @@ def test_the_bucket_holds_nothing_else(s3_server: S3, job: Job, first: Done) -> 
         name.removeprefix("cherry/job/cherry/") for name in objects_under(s3_server, job.output)
     ]
     kinds = sorted(name.split("/")[0] for name in names)
-    assert kinds == ["LATEST.json", "cherry", "cherry", "ingest", "ingest", *["scores"] * 5]
+    once = ["LATEST.json", "cherry", "cherry", "configs", "ingest", "ingest"]
+    assert kinds == [*once, *["scores"] * 5]
     assert all(n.split("/")[1] == fingerprint for n in names if n.startswith("scores/"))
 
 
