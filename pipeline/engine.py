@@ -14,7 +14,7 @@ architecture that disagrees is scored in padded batches through its own attentio
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pipeline.attention import PACKED, register
 from pipeline.packing import plan_packs
+from pipeline.projection import VOCABULARY_CHUNK, Projection
 
 log = logging.getLogger("cherry")
 
@@ -42,9 +43,6 @@ _MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
 _PROBE_LENGTHS = (33, 64, 47)
 _PROBE_TAIL = 32
 """Tokens compared at the end of each probe, where a window would have slid furthest."""
-
-_VOCABULARY_CHUNK = 8192
-"""Vocabulary entries projected at once: bounds logits to pack x 8192 float32."""
 
 
 TokenIds = npt.NDArray[np.int32]
@@ -100,7 +98,7 @@ def auto_batch_tokens(device: torch.device, config: Any) -> int:
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     # Two bytes each of residual, norms, query, key, value and output, and of both halves of a
     # gated MLP, plus a float32 chunk of logits and its softmax.
-    bytes_per_token = 2 * (8 * hidden + 3 * inner) + 2 * 4 * _VOCABULARY_CHUNK
+    bytes_per_token = 2 * (8 * hidden + 3 * inner) + 2 * 4 * VOCABULARY_CHUNK
     total = torch.cuda.get_device_properties(device).total_memory
     return int(min(65536, max(2048, total / 3 / bytes_per_token) // 1024 * 1024))
 
@@ -131,7 +129,7 @@ class Engine:
             else max_batch_tokens
         )  # fmt: skip
         self._vocab_size = int(config.vocab_size)
-        self._scale_logits = logit_transform(config)
+        self._projection = Projection(model)
         self.mode: Literal["packed", "padded"] = "packed"
         if fault := self._probe(config, max_length):
             log.warning(
@@ -228,7 +226,7 @@ class Engine:
         hidden_TM = self._hidden_packed(lengths, ids_T)
         # The causal shift happens here only: the state at t - 1 predicts token t.
         hidden_SM = hidden_TM[position_S.to(self.device) - 1]
-        return self._project(hidden_SM, targets_S)
+        return self._projection.nll(hidden_SM, targets_S)
 
     def _hidden_packed(self, lengths: list[int], ids_T: Tensor) -> Tensor:
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -242,38 +240,6 @@ class Engine:
                 max_length_q=max(lengths),
             )
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
-
-    def _project(self, hidden_SM: Tensor, targets_S: Tensor) -> Tensor:
-        """Negative log-likelihood of the targets, in nats, without ever holding S x V logits.
-
-        Streams over the vocabulary: a running log-sum-exp, and each target's logit picked from
-        the chunk that holds it.
-        """
-        total_S = torch.full_like(targets_S, -torch.inf, dtype=torch.float32)
-        picked_S = torch.zeros_like(total_S)
-        for begin, logits_SC in self._logit_chunks(hidden_SM):
-            total_S = torch.logaddexp(total_S, torch.logsumexp(logits_SC, dim=-1))
-            inside = (targets_S >= begin) & (targets_S < begin + logits_SC.shape[1])
-            local = torch.where(inside, targets_S - begin, 0)
-            found = logits_SC.gather(1, local.unsqueeze(1)).squeeze(1)
-            picked_S = torch.where(inside, found, picked_S)
-        return total_S - picked_S
-
-    def _logit_chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first vocabulary entry, logits of a chunk of the vocabulary), float32 on the way out."""
-        head = self.model.get_output_embeddings()
-        weight_VM, bias_V = head.weight, getattr(head, "bias", None)
-        on_cuda = self.device.type == "cuda"
-        hidden_SM = hidden_SM if on_cuda else hidden_SM.float()
-        for begin in range(0, weight_VM.shape[0], _VOCABULARY_CHUNK):
-            chunk_CM = weight_VM[begin : begin + _VOCABULARY_CHUNK]
-            if on_cuda and self.dtype != torch.float32:  # accumulated and written in float32
-                logits_SC = torch.mm(hidden_SM, chunk_CM.T, out_dtype=torch.float32)
-            else:
-                logits_SC = hidden_SM @ chunk_CM.to(hidden_SM.dtype).T
-            if bias_V is not None:
-                logits_SC = logits_SC + bias_V[begin : begin + _VOCABULARY_CHUNK].float()
-            yield begin, self._scale_logits(logits_SC)
 
     def _forward_padded(
         self, lengths: list[int], ids_T: Tensor, position_S: Tensor, targets_S: Tensor
@@ -323,34 +289,13 @@ class Engine:
                 own_TV = self.model(**inputs).logits[0].float()
             targets_S = ids_T[1:][-_PROBE_TAIL:].to(self.device)
             tail = slice(-1 - len(targets_S), -1)  # the states that predict the targets
-            error_S = self._project(packed_TM[tail], targets_S) - self._project(
+            error_S = self._projection.nll(packed_TM[tail], targets_S) - self._projection.nll(
                 own_TM[tail], targets_S
             )
             differences.append(error_S.abs().mean())
-            ours_TV = torch.cat([logits for _, logits in self._logit_chunks(own_TM)], dim=1)
+            ours_TV = torch.cat([logits for _, logits in self._projection.chunks(own_TM)], dim=1)
             logit_errors.append(((ours_TV - own_TV).abs() / (1 + own_TV.abs())).max())
         return float(torch.stack(differences).max()), float(torch.stack(logit_errors).max())
-
-
-def logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
-    """What an architecture does to its logits after the projection: scales and soft-caps.
-
-    Whatever is not known here shows in the probe.
-    """
-    multiply = getattr(config, "logit_scale", None)  # Cohere
-    divide = getattr(config, "logits_scaling", None)  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-
-    def transform(logits: Tensor) -> Tensor:
-        if multiply is not None:
-            logits = logits * multiply
-        if divide is not None:
-            logits = logits / divide
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits
-
-    return transform
 
 
 def _longest_window(config: Any) -> int | None:

@@ -7,7 +7,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import engine as engine_module
+from pipeline import projection
 from pipeline.attention import UnsupportedAttentionError, _plan_groups, packed_attention
 from pipeline.engine import Engine, TokenSequence, auto_dtype
 
@@ -140,7 +140,7 @@ def test_probe_notices_attention_that_ignores_what_a_layer_asks(
 def test_probe_notices_logits_that_are_not_a_plain_projection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_module, "logit_transform", lambda config: lambda logits: logits)
+    monkeypatch.setattr(projection, "logit_transform", lambda config: lambda logits: logits)
     architecture, changes = FAMILIES["gemma2-soft-caps"]
     assert Engine(tiny_model(architecture, **changes)).mode == "padded"
 
@@ -164,7 +164,7 @@ def test_bfloat16_logits_are_float32_from_the_hidden_states_on() -> None:
     exact = hidden.double() @ model.lm_head.weight.double().T
     expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
     torch.testing.assert_close(
-        engine._project(hidden, targets).double(), expected, rtol=1e-6, atol=1e-6
+        engine._projection.nll(hidden, targets).double(), expected, rtol=1e-6, atol=1e-6
     )
 
 
@@ -172,7 +172,7 @@ def test_vocabulary_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatc
     model = tiny_model("Gemma2", final_logit_softcapping=3.0)
     sequences = sequences_of([30, 7])
     whole = Engine(model).score(sequences)
-    monkeypatch.setattr(engine_module, "_VOCABULARY_CHUNK", 17)
+    monkeypatch.setattr(projection, "VOCABULARY_CHUNK", 17)
     for one, other in zip(whole, Engine(model).score(sequences), strict=True):
         assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
 
