@@ -5,14 +5,19 @@ and only if it is absent, so the first writer wins and an object that exists is 
 
 * object stores: one conditional PUT (``If-None-Match: *``);
 * file systems: a temporary file, fsync, and a hard link, which does not replace.
+
+A store that fails is asked again, within bounds (for S3: ``pipeline.s3``). In the end there is the
+whole object, or an error that names it.
 """
 
-import errno
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -22,9 +27,10 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError, StorageError
+from pipeline.s3 import WholeS3FileSystem, says_exists, why
 
-# 409: another conditional PUT of the same key is in flight (S3); 412: the key exists.
-_EXISTS_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "409", "412"}
+_READERS = 8
+"""Objects that are read at a time by one process."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,15 @@ class ObjectInfo:
     """Bytes."""
     version: str
     """ETag where the store has one, else modification time: changes when the content does."""
+    modified: float = field(default=math.inf, compare=False)
+    """Unix time, where it is known."""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it."""
+    if url.startswith(("s3://", "s3a://")):
+        options = WholeS3FileSystem._get_kwargs_from_urls(url)  # of `?versionId=...`
+        return WholeS3FileSystem(**options), WholeS3FileSystem._strip_protocol(url)
     try:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
     except (ValueError, ImportError) as err:
@@ -64,7 +75,7 @@ def absolute(url: str) -> str:
 
 
 @contextmanager
-def reading(url: str) -> Iterator[None]:
+def reading(url: str, done: str = "read") -> Iterator[None]:
     """Turn what storage says into errors that name the object and the fix."""
     try:
         yield
@@ -82,10 +93,17 @@ def reading(url: str) -> Iterator[None]:
             f"{url}: permission denied ({err}). The credentials in the environment may not read "
             "it: check the key, the bucket's policy and AWS_ENDPOINT_URL."
         ) from None
-    except (BotoCoreError, ClientError) as err:
-        raise InputError(f"{url}: storage refused: {err}") from err
-    except OSError as err:
-        raise InputError(f"{url}: cannot be read: {err}") from err
+    except (OSError, BotoCoreError, ClientError) as err:
+        raise InputError(f"{url}: cannot be {done}{why(err)}") from err
+
+
+@contextmanager
+def changing(url: str, what: str) -> Iterator[None]:
+    """Turn what storage says of a write into StorageError, which names the object."""
+    try:
+        yield
+    except (OSError, BotoCoreError, ClientError) as err:
+        raise StorageError(f"{url}: {what}{why(err)}") from err
 
 
 def list_objects(url: str) -> list[ObjectInfo]:
@@ -95,19 +113,21 @@ def list_objects(url: str) -> list[ObjectInfo]:
     it raises InputError.
     """
     fs, path = filesystem(url)
-    with reading(url):
+    with reading(url, "listed"):
         fs.invalidate_cache()
-        if fs.isfile(path) if not _is_glob(path) else False:
-            found = {path: fs.info(path)}
-        elif _is_glob(path):
+        if _is_glob(path):
             found = fs.glob(path, detail=True)
         else:
-            if not fs.exists(path):
-                raise FileNotFoundError(url)
-            found = fs.find(path, detail=True)
+            info = fs.info(path)  # isfile and exists would take an error for a no
+            found = {path: info} if info["type"] == "file" else fs.find(path, detail=True)
     return sorted(
         (
-            ObjectInfo(fs.unstrip_protocol(name) if not _local(fs) else name, size, _version(info))
+            ObjectInfo(
+                fs.unstrip_protocol(name) if not _local(fs) else name,
+                size,
+                _version(info),
+                _modified(info),
+            )
             for name, info in found.items()
             if info["type"] == "file" and (size := int(info["size"] or 0)) >= 0
         ),
@@ -118,7 +138,7 @@ def list_objects(url: str) -> list[ObjectInfo]:
 def list_names(url: str) -> dict[str, str]:
     """Names directly under a directory, with their versions; empty if it does not exist yet."""
     fs, path = filesystem(url)
-    with reading(url):
+    with reading(url, "listed"):
         fs.invalidate_cache()
         try:
             entries = fs.ls(path, detail=True)
@@ -138,12 +158,18 @@ def read_bytes(url: str) -> bytes:
         return bytes(fs.cat_file(path))
 
 
+def read_many(urls: Iterable[str]) -> Iterator[bytes]:
+    """Whole objects, in order, several under way at a time: small ones are mostly waiting."""
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        yield from pool.map(read_bytes, urls)
+
+
 def exists(url: str) -> bool:
     """Whether there is an object or a directory at the URL."""
     fs, path = filesystem(url)
     with reading(url):
         fs.invalidate_cache()
-        return bool(fs.exists(path))
+        return _info(fs, path) is not None
 
 
 @contextmanager
@@ -153,10 +179,13 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
     with reading(url):
         # pyarrow asks for exact ranges and coalesces them: a read-ahead cache would only add bytes.
         handle = fs.open(path, "rb", **({} if _local(fs) else {"cache_type": "none"}))
-    with handle:
+    with handle, reading(url):
         try:
             parquet = pq.ParquetFile(handle, pre_buffer=True)
         except (ValueError, OSError) as err:
+            # pyarrow's own are plain OSErrors without a number; the others are of the storage.
+            if isinstance(err, OSError) and (type(err) is not OSError or err.errno is not None):
+                raise
             raise InputError(
                 f"{url}: not a readable Parquet file: {err}. Replace it, or set "
                 "input.on_bad_shard: skip."
@@ -175,16 +204,16 @@ def publish(url: str, data: bytes) -> bool:
         StorageError: It could not be written.
     """
     fs, path = filesystem(url)
-    try:
+    with changing(url, f"cannot write {len(data):,} bytes"):
         if _local(fs):
             return _link_file(path, data)
-        fs.pipe_file(path, data, mode="create")
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError as err:
+            if says_exists(err):
+                return False
+            raise
         return True
-    except (OSError, BotoCoreError, ClientError) as err:
-        # Locally a FileExistsError comes from a parent "directory" that is a file.
-        if not _local(fs) and (isinstance(err, FileExistsError) or _says_exists(err)):
-            return False
-        raise StorageError(f"{url}: cannot write {len(data):,} bytes: {err}") from err
 
 
 def replace(url: str, data: bytes) -> None:
@@ -194,13 +223,11 @@ def replace(url: str, data: bytes) -> None:
         StorageError: It could not be written.
     """
     fs, path = filesystem(url)
-    try:
+    with changing(url, f"cannot write {len(data):,} bytes"):
         if _local(fs):
             _replace_file(path, data)
         else:
             fs.pipe_file(path, data)
-    except (OSError, BotoCoreError, ClientError) as err:
-        raise StorageError(f"{url}: cannot write {len(data):,} bytes: {err}") from err
 
 
 def replace_if_unchanged(url: str, data: bytes) -> None:
@@ -210,19 +237,27 @@ def replace_if_unchanged(url: str, data: bytes) -> None:
     that run's result is as new as this one's.
     """
     fs, path = filesystem(url)
-    try:
+    with changing(url, f"cannot write {len(data):,} bytes"):
         if _local(fs):
             _replace_file(path, data)
             return
         fs.invalidate_cache()
-        etag = fs.info(path).get("ETag") if fs.exists(path) else None
+        etag = (_info(fs, path) or {}).get("ETag")
         if etag is None:
             publish(url, data)
-        else:
+            return
+        try:
             fs.pipe_file(path, data, IfMatch=etag)
-    except (OSError, BotoCoreError, ClientError) as err:
-        if not _says_exists(err):
-            raise StorageError(f"{url}: cannot write: {err}") from err
+        except OSError as err:
+            if not says_exists(err):
+                raise
+
+
+def remove(url: str) -> None:
+    """Remove one object or file; one that is not there is removed already."""
+    fs, path = filesystem(url)
+    with changing(url, "cannot be removed"), suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def _link_file(path: str, data: bytes) -> bool:
@@ -267,23 +302,12 @@ def _sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _says_exists(err: Exception) -> bool:
-    """Whether a failed conditional PUT failed because of its condition.
-
-    s3fs turns 412 into OSError(EINVAL) with the client's error as its cause, or, for some
-    servers, into FileExistsError.
-    """
-    cause: BaseException | None = err
-    while cause is not None:
-        if isinstance(cause, ClientError):
-            return str(cause.response.get("Error", {}).get("Code")) in _EXISTS_CODES
-        cause = cause.__cause__
-    text = str(err)
-    return (
-        isinstance(err, OSError)
-        and err.errno == errno.EINVAL
-        and ("PreconditionFailed" in text or "pre-condition" in text.lower())
-    )
+def _info(fs: Any, path: str) -> dict[str, Any] | None:
+    """None if there is nothing; any other answer than yes or no is an error."""
+    try:
+        return dict(fs.info(path))
+    except FileNotFoundError:
+        return None
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -292,6 +316,11 @@ def _version(info: dict[str, Any]) -> str:
         return str(tag).strip('"')
     moment = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
     return repr(moment) if isinstance(moment, float) else str(moment)
+
+
+def _modified(info: dict[str, Any]) -> float:
+    moment = info.get("mtime") or info.get("LastModified") or info.get("updated")
+    return moment.timestamp() if isinstance(moment, datetime) else float(moment or math.inf)
 
 
 def _local(fs: Any) -> bool:
