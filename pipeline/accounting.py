@@ -1,47 +1,163 @@
-"""Accounting: count rows by status from the parts themselves, at the end of every run."""
+"""Accounting: rows by status from the parts themselves, checked at the end of every run.
 
+A part is read whole, once: its rows must be exactly its unit's, and its bytes get a hash. The
+ledger, ``<output>/ledger/<score_fp>.parquet``, remembers what was found under the object's version
+(its ETag), so that a rerun pays one listing for parts that nobody has touched. The ledger is only a
+memory: without it, or with a part of another version, the part is read again.
+"""
+
+import hashlib
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 
 from pipeline import storage
-from pipeline.errors import AccountingError
-from pipeline.units import Plan, Unit
+from pipeline.errors import AccountingError, InputError
+from pipeline.schemas import LEDGER, STATUSES
+from pipeline.units import Plan
 
 _PARTS_PER_TASK = 64
 
 
-def tally(plan: Plan, units: list[Unit]) -> Counter[str]:
-    """Count rows by status from the parts themselves, and check that none is lost or doubled.
+@dataclass(frozen=True)
+class Entry:
+    """What was found in one part."""
+
+    version: str
+    sha256: str
+    rows_by_status: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the parts of a plan hold."""
+
+    entries: dict[str, Entry]
+    """By unit_id, in the order of the plan."""
+
+    @property
+    def rows_by_status(self) -> Counter[str]:
+        """Over all parts."""
+        total: Counter[str] = Counter()
+        for entry in self.entries.values():
+            total.update(entry.rows_by_status)
+        return total
+
+    @property
+    def digest(self) -> str:
+        """Of the bytes of all parts, in order."""
+        hashes = "\n".join(entry.sha256 for entry in self.entries.values())
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
+    def with_errors(self) -> set[str]:
+        """Units that hold rows with status `error`."""
+        return {i for i, entry in self.entries.items() if entry.rows_by_status.get("error")}
+
+    def changed(self, plan: Plan) -> list[str]:
+        """Units whose part is not the object any more that was read."""
+        names = storage.list_names(plan.scores_url)
+        return [i for i, e in self.entries.items() if names.get(f"{i}.parquet") != e.version]
+
+
+def audit(plan: Plan) -> Audit:
+    """Count rows by status, and check that none is lost or doubled, per shard and in all.
 
     Raises:
-        AccountingError: A part does not hold exactly its unit's rows.
+        AccountingError: A part is missing, unreadable, or does not hold exactly its unit's rows.
     """
+    names = storage.list_names(plan.scores_url)
+    known = _read_ledger(plan)
+    entries: dict[str, Entry] = {}
+    fresh: list[tuple[str, str, str, int, int]] = []
+    for unit in plan.units:
+        version = names.get(f"{unit.unit_id}.parquet")
+        if version is None:
+            raise AccountingError(f"part {plan.part_url(unit)}: it is missing. Run again.")
+        entry = known.get(unit.unit_id)
+        if entry is None or entry.version != version:
+            fresh.append((unit.unit_id, version, plan.part_url(unit), unit.start, unit.stop))
+        else:
+            entries[unit.unit_id] = entry
     jobs = [
-        [(plan.part_url(unit), unit.start, unit.stop) for unit in units[i : i + _PARTS_PER_TASK]]
-        for i in range(0, len(units), _PARTS_PER_TASK)
+        _read_parts.remote(fresh[i : i + _PARTS_PER_TASK])
+        for i in range(0, len(fresh), _PARTS_PER_TASK)
     ]
-    total: Counter[str] = Counter()
-    for counts in ray.get([_tally_parts.remote(job) for job in jobs]):
-        total.update(counts)
-    expected = sum(unit.num_rows for unit in units)
-    if sum(total.values()) != expected:
-        raise AccountingError(
-            f"{plan.scores_url}: parts hold {sum(total.values())} rows, the input {expected}."
-        )
-    return total
+    for found in ray.get(jobs):
+        entries |= found
+    if fresh:
+        there = {name.removesuffix(".parquet") for name in names}
+        _write_ledger(plan, {i: e for i, e in (known | entries).items() if i in there})
+    audited = Audit({unit.unit_id: entries[unit.unit_id] for unit in plan.units})
+    _check_shards(plan, audited)
+    return audited
+
+
+def _check_shards(plan: Plan, audited: Audit) -> None:
+    rows: Counter[str] = Counter()
+    for unit in plan.units:
+        rows[unit.shard_url] += sum(audited.entries[unit.unit_id].rows_by_status.values())
+    for shard, expected in plan.rows_by_shard.items():
+        if rows[shard] != expected:
+            raise AccountingError(
+                f"{plan.scores_url}: the parts of shard {shard} hold {rows[shard]} rows, expected "
+                f"{expected}, as its footer says."
+            )
 
 
 @ray.remote
-def _tally_parts(parts: list[tuple[str, int, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for url, start, stop in parts:
-        with storage.open_parquet(url) as parquet:
-            table = parquet.read(columns=["row_index", "status"])
-        if table["row_index"].to_pylist() != list(range(start, stop)):
-            raise AccountingError(
-                f"part {url}: got {len(table)} rows, expected rows {start} to {stop - 1} of its "
-                "shard, each once. Delete the part and run again."
-            )
-        total.update(table["status"].to_pylist())
-    return total
+def _read_parts(parts: list[tuple[str, str, str, int, int]]) -> dict[str, Entry]:
+    contents = storage.read_many(url for _, _, url, _, _ in parts)
+    return {
+        unit_id: _check_part(data, version, url, start, stop)
+        for data, (unit_id, version, url, start, stop) in zip(contents, parts, strict=True)
+    }
+
+
+def _check_part(data: bytes, version: str, url: str, start: int, stop: int) -> Entry:
+    try:
+        table = pq.read_table(pa.BufferReader(data), columns=["row_index", "status"])
+    except (pa.ArrowException, OSError) as err:
+        raise AccountingError(
+            f"part {url}: not readable as Parquet: {err}. Delete the part and run again."
+        ) from None
+    if table["row_index"].to_pylist() != list(range(start, stop)):
+        raise AccountingError(
+            f"part {url}: got {len(table)} rows, expected rows {start} to {stop - 1} of its "
+            "shard, each once. Delete the part and run again."
+        )
+    counts = Counter(table["status"].to_pylist())
+    return Entry(version, hashlib.sha256(data).hexdigest(), dict(sorted(counts.items())))
+
+
+def _ledger_url(plan: Plan) -> str:
+    scores, _, score_fp = plan.scores_url.rpartition("/")
+    return storage.join(scores.rpartition("/")[0], "ledger", f"{score_fp}.parquet")
+
+
+def _read_ledger(plan: Plan) -> dict[str, Entry]:
+    try:
+        data = storage.read_bytes(_ledger_url(plan))
+        rows = pq.read_table(pa.BufferReader(data), schema=LEDGER).to_pylist()
+    except (InputError, pa.ArrowException, OSError):
+        return {}  # none yet, or another version's: the parts are read again
+    return {
+        row["unit_id"]: Entry(
+            row["version"], row["sha256"], {s: row[s] for s in sorted(STATUSES) if row[s]}
+        )
+        for row in rows
+    }
+
+
+def _write_ledger(plan: Plan, entries: dict[str, Entry]) -> None:
+    rows: Iterable[dict[str, object]] = (
+        {"unit_id": i, "version": e.version, "sha256": e.sha256}
+        | {status: e.rows_by_status.get(status, 0) for status in STATUSES}
+        for i, e in sorted(entries.items())
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=LEDGER), sink, compression="zstd")
+    storage.replace(_ledger_url(plan), sink.getvalue().to_pybytes())

@@ -1,4 +1,4 @@
-"""The command line: `cherry run|score|select CONFIG`.
+"""The command line: `cherry run|score|select|gc CONFIG`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 the config
 or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
@@ -9,9 +9,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import Annotated
+from functools import partial
+from typing import Annotated, TextIO
 
 import typer
 from ray.exceptions import RayError, RayTaskError
@@ -41,22 +43,61 @@ _AsJson = Annotated[
 ]
 
 
+_RetryErrors = Annotated[
+    bool,
+    typer.Option(
+        "--retry-errors", help="Score rows with status error again; replaces their parts."
+    ),
+]
+
+
 @app.command()
-def run(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+def run(
+    path: _ConfigPath,
+    overrides: _Overrides = None,
+    as_json: _AsJson = False,
+    retry_errors: _RetryErrors = False,
+) -> None:
     """Score what is new, select, and write the cherry subset."""
-    _execute(flow.run, path, overrides, as_json)
+    _execute(partial(flow.run, retry_errors=retry_errors), path, overrides, as_json)
 
 
 @app.command()
-def score(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+def score(
+    path: _ConfigPath,
+    overrides: _Overrides = None,
+    as_json: _AsJson = False,
+    retry_errors: _RetryErrors = False,
+) -> None:
     """Score what is new; select nothing."""
-    _execute(flow.score, path, overrides, as_json)
+    _execute(partial(flow.score, retry_errors=retry_errors), path, overrides, as_json)
 
 
 @app.command()
 def select(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Select from finished scores: no model, no GPU."""
     _execute(lambda settings, _: flow.select(settings), path, overrides, as_json)
+
+
+@app.command()
+def gc(
+    path: _ConfigPath,
+    overrides: _Overrides = None,
+    as_json: _AsJson = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also parts of other settings under this output.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even with units to score, or over half of the parts.")
+    ] = False,
+) -> None:
+    """List parts that no current input names, and unfinished uploads; older than 24 hours."""
+    with _speaking(as_json) as (out, results, _):
+        found = flow.gc(config.load(path, overrides), everything, delete, force)
+        report.show_garbage(found, delete, results)
+        if as_json:
+            print(json.dumps(found.summary(deleted=delete)), file=out, flush=True)
 
 
 def main() -> None:
@@ -85,21 +126,14 @@ def _execute(
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
-    _quiet_libraries()
-    err = Console(stderr=True, highlight=False)
-    try:
+    with _speaking(as_json) as (out, results, err):
         settings = config.load(path, overrides)
         with report.ScoringProgress(err) as progress:
             result = command(settings, progress)
-    except (errors.CherryError, RayError) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        known = cause if isinstance(cause, errors.CherryError) else None
-        _say(err, str(known or cause))
-        raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
-    summary = result.summary
-    report.show(result, err if as_json else Console(highlight=False))
-    if as_json:
-        print(json.dumps(asdict(summary)), flush=True)  # noqa: T201
+        summary = result.summary
+        report.show(result, results)
+        if as_json:
+            print(json.dumps(asdict(summary)), file=out, flush=True)
     allowed = settings.score.max_error_fraction
     if summary.failed_fraction > allowed or summary.skipped_shards:
         if summary.failed_fraction > allowed:
@@ -112,14 +146,42 @@ def _execute(
         raise typer.Exit(errors.EXIT_TOLERANCE)
 
 
+@contextmanager
+def _speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
+    """Standard output, a console for results and one for the rest; errors become exit codes.
+
+    Ray prints what its daemons say to standard output: while this is open, that is standard error.
+    """
+    _quiet_libraries()
+    out = sys.stdout
+    err = Console(stderr=True, highlight=False)
+    results = err if as_json else Console(file=out, highlight=False)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield out, results, err
+    except (errors.CherryError, RayError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        known = cause if isinstance(cause, errors.CherryError) else None
+        _say(err, str(known or cause))
+        raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
+
+
 def _say(err: Console, message: str) -> None:
     """A message may quote column names and paths of the input: foreign text, never folded."""
-    err.print(Text(f"cherry: {report.visible(message)}"), soft_wrap=True)
+    message = report.without_secrets(report.visible(message))
+    err.print(Text(f"cherry: {message}"), soft_wrap=True)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return report.without_secrets(super().format(record))
 
 
 def _quiet_libraries() -> None:
     """One voice on standard error: ours at INFO, libraries' from WARNING on."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("cherry").setLevel(logging.INFO)
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ class Workers:
         return f"{models} on CPU, {self.threads} threads each"
 
 
+_SPARE_WORKERS = 3
+
+
 @contextmanager
 def connected() -> Iterator[None]:
     """Ray, for the time of a run: the cluster this job was submitted to, else a local one.
@@ -38,6 +42,11 @@ def connected() -> Iterator[None]:
     """
     started = not ray.is_initialized()
     if started:
+        # A local node keeps one worker a core and ends idle ones after a second; on two cores those
+        # of the three stages would end and begin, four seconds of imports each, all the time. It
+        # also begins as many ahead for tasks that wait: a few more, then, and not many.
+        limit = (os.cpu_count() or 1) + _SPARE_WORKERS
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(limit))
         # RAY_ADDRESS, which `ray job submit` sets, is read by Ray itself.
         ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
     try:

@@ -99,8 +99,12 @@ class ScoreConfig(_Section):
     """Tokens of a pack; `auto` follows from the kind of device, never from timing."""
     unit_rows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Rows of a work unit. `auto` aims at tens of seconds from footer and model size alone."""
-    reuse: Literal["units"] = "units"
-    """Finished units are not scored again."""
+    reuse: Literal["rows", "units"] = "rows"
+    """Finished units are never scored again. `rows` also takes the score of a row that has one
+    under the same settings though its shard was rewritten, appended to or cut otherwise."""
+    unit_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    """A unit that takes longer than this in any stage loses its process and is tried again, in
+    the end row by row; a row alone has a tenth of it."""
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Above this share of rows that are `error`, `nonfinite` or `malformed` the run exits 3."""
 
@@ -156,6 +160,8 @@ class ClusterConfig(_Section):
 
 _CREDENTIALS = re.compile(r"://([^/]*|[^/:]+:(?!\d+/)[^@]*)@")
 """`user:secret@` in any URL of a chain. AWS secrets may hold slashes; `host:8020/` is no secret."""
+_SIGNED = re.compile(r"[?&](x-amz-\w+|x-goog-\w+|signature|sig|(access_)?token)=", re.IGNORECASE)
+"""A presigned URL is a credential itself."""
 
 
 class Config(_Section):
@@ -177,7 +183,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _no_secrets_in_urls(self) -> "Config":
         for url in [*self.input.paths, self.output, self.model.path]:
-            if _CREDENTIALS.search(url):
+            if _CREDENTIALS.search(url) or _SIGNED.search(url):
                 raise ValueError(
                     "a URL carries credentials. Only references travel: take them out and set "
                     "them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"

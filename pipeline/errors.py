@@ -7,6 +7,7 @@
     ├── InputError             exit 2   the corpus cannot be read as asked
     ├── ModelError             exit 2   the model or its tokenizer cannot be used
     ├── ShardError             exit 1   a shard turned out to be unreadable while running
+    ├── ScoringError           exit 1   scoring cannot go on: its processes die, whatever the rows
     ├── StorageError           exit 1   an object could not be written or read back
     └── AccountingError        exit 1   the parts do not add up to the input
 
@@ -47,6 +48,10 @@ class ModelError(CherryError):
 
 class ShardError(CherryError):
     """A shard whose footer was sound could not be read, or changed, while the run was on."""
+
+
+class ScoringError(CherryError):
+    """Scoring processes die or never start, and no row is to blame."""
 
 
 class StorageError(CherryError):

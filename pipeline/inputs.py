@@ -1,18 +1,20 @@
 """The front door: whatever the corpus is stored as, behind it there are only Parquet shards.
 
-Parquet is listed as it is; JSON and JSONL (also .gz, .zst) come through ingest.py.
+Parquet is listed as it is; JSON and JSONL (also .gz, .zst) come through ingest.py. Sources that an
+earlier run has seen are not opened again: see footers.py.
 """
 
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline import storage
+from pipeline import footers, storage
 from pipeline.config import InputConfig
 from pipeline.errors import InputError
+from pipeline.footers import Footer, Known
 from pipeline.ingest import COMPRESSIONS, SUFFIXES, ingest
 from pipeline.samples import LAYOUT_ORDER, Columns, find_columns
 from pipeline.schemas import BAD_LINE
@@ -54,6 +56,8 @@ class Corpus:
     shards: tuple[Shard, ...]
     skipped: tuple[str, ...] = ()
     """Why each bad shard was left out, under `on_bad_shard: skip`."""
+    footers: Known = field(default_factory=dict, repr=False)
+    """What was read, for `remember_footers`; empty where nothing is new."""
 
 
 def open_corpus(config: InputConfig, output: str) -> Corpus:
@@ -70,23 +74,39 @@ def open_corpus(config: InputConfig, output: str) -> Corpus:
         for entry in _list_path(path):
             found[entry.url] = entry
     sources = [found[url] for url in sorted(found)]
+    known = footers.load(output)
+    new = [source for source in sources if source not in known]
     with ThreadPoolExecutor(max_workers=16) as pool:  # footers are small reads, mostly waiting
-        opened = list(pool.map(lambda entry: _open_source(entry, config, output), sources))
+        fresh = dict(zip(new, pool.map(lambda source: _read(source, output), new), strict=True))
+    read: Known = {}
     shards: list[Shard] = []
     skipped: list[str] = []
-    for result in opened:
-        if isinstance(result, InputError):
-            if config.on_bad_shard == "fail":
-                raise result
-            skipped.append(str(result))
+    for source in sources:
+        footers_of = known[source] if source in known else fresh[source]
+        opened: list[Shard] | InputError
+        if isinstance(footers_of, InputError):
+            opened = footers_of
         else:
-            shards.extend(result)
+            read[source] = footers_of
+            opened = _open_source(source, footers_of, config)
+        if isinstance(opened, InputError):
+            if config.on_bad_shard == "fail":
+                raise opened
+            skipped.append(str(opened))
+        else:
+            shards.extend(opened)
     if not any(shard.num_rows for shard in shards):
         raise InputError(
             f"input {', '.join(config.paths)}: no rows in {len(sources)} files."
             + "".join(f"\n{reason}" for reason in skipped)
         )
-    return Corpus(tuple(shards), tuple(skipped))
+    return Corpus(tuple(shards), tuple(skipped), read if new or len(read) < len(known) else {})
+
+
+def remember_footers(corpus: Corpus, output: str) -> None:
+    """Keep what was read of the input for the next run."""
+    if corpus.footers:
+        footers.save(output, corpus.footers)
 
 
 def _list_path(path: str) -> list[ObjectInfo]:
@@ -135,47 +155,43 @@ def _refuse_overlap(path: str, output: str) -> None:
         )
 
 
-def _open_source(entry: ObjectInfo, config: InputConfig, output: str) -> list[Shard] | InputError:
+def _read(source: ObjectInfo, output: str) -> list[Footer] | InputError:
     try:
-        if _format(entry.url) == "parquet":
-            return [_open_shard(entry, entry.url, entry.url, config)]
-        pieces = ingest(entry, output)
-        return [
-            _open_shard(entry, f"{entry.url}#{number}", piece, config)
-            for number, piece in enumerate(pieces)
-        ]
+        if _format(source.url) == "parquet":
+            return [footers.read_footer(source.url, source.url)]
+        pieces = ingest(source, output)
+        return [footers.read_footer(f"{source.url}#{n}", piece) for n, piece in enumerate(pieces)]
     except InputError as err:
         return err
 
 
-def _open_shard(entry: ObjectInfo, url: str, read_url: str, config: InputConfig) -> Shard:
-    with storage.open_parquet(read_url) as parquet:
-        schema = parquet.schema_arrow
-        if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
-            raise InputError(
-                f"shard {url}: it has more than one column '{twice[0]}', expected each name once. "
-                "Rename one of them."
-            )
-        if schema.names == [BAD_LINE]:  # a piece of broken lines only: all its rows are malformed
-            columns = Columns(LAYOUT_ORDER[0], {})
-        else:
-            columns = find_columns(schema, url, config.layout, config.columns)
-        wanted = set(columns.names.values())
-        row_groups, text_bytes = [], 0
-        for index in range(parquet.num_row_groups):
-            group = parquet.metadata.row_group(index)
-            row_groups.append(group.num_rows)
-            for number in range(group.num_columns):
-                chunk = group.column(number)
-                if chunk.path_in_schema.split(".")[0] in wanted:
-                    text_bytes += chunk.total_uncompressed_size
+def _open_source(
+    source: ObjectInfo, read: list[Footer], config: InputConfig
+) -> list[Shard] | InputError:
+    try:
+        return [_open_shard(source, footer, config) for footer in read]
+    except InputError as err:
+        return err
+
+
+def _open_shard(source: ObjectInfo, footer: Footer, config: InputConfig) -> Shard:
+    schema = footer.schema
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise InputError(
+            f"shard {footer.url}: it has more than one column '{twice[0]}', expected each name "
+            "once. Rename one of them."
+        )
+    if schema.names == [BAD_LINE]:  # a piece of broken lines only: all its rows are malformed
+        columns = Columns(LAYOUT_ORDER[0], {})
+    else:
+        columns = find_columns(schema, footer.url, config.layout, config.columns)
     return Shard(
-        url=url,
-        read_url=read_url,
-        size=entry.size,
-        version=entry.version,
+        url=footer.url,
+        read_url=footer.read_url,
+        size=source.size,
+        version=source.version,
         columns=columns,
         schema=schema,
-        row_groups=tuple(row_groups),
-        text_bytes=text_bytes,
+        row_groups=footer.row_groups,
+        text_bytes=sum(footer.column_bytes.get(name, 0) for name in columns.names.values()),
     )

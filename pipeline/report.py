@@ -3,6 +3,8 @@
 Corpus text is foreign: it is shown as `Text`, never as markup, and without control characters.
 """
 
+import os
+import re
 import time
 import unicodedata
 
@@ -11,13 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.garbage import Garbage
+from pipeline.parts import UnitDone
 from pipeline.run import Result, Summary
 from pipeline.samples import read_samples
 from pipeline.schemas import STATUSES
-from pipeline.scoring import UnitDone, read_rows
+from pipeline.tokenising import read_rows
 from pipeline.units import Plan
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)TOKEN$|ACCESS_KEY|ACCOUNT_KEY|CONNECTION_STRING")
+_LEAST_SECRET = 8
+"""Characters; a shorter value is part of ordinary words."""
+
+_GARBAGE_SHOWN = 20
 _EXCERPT = 110
 """Characters shown of a prompt and of a response."""
 
@@ -81,11 +90,39 @@ def show(result: Result, console: Console) -> None:
     console.print(_files(summary), soft_wrap=True)
 
 
+def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
+    """Print what `cherry gc` found."""
+    done = "deleted" if deleted else "could go; delete with --delete"
+    size = f"{garbage.num_bytes:,} bytes"
+    lines = [
+        f"{len(garbage.parts):,} of {garbage.num_parts:,} parts, {size}: {done}",
+        f"{len(garbage.uploads):,} unfinished uploads and temporary files: {done}",
+    ]
+    if garbage.num_spared:
+        lines.append(f"{garbage.num_spared:,} parts are younger than 24 hours and spared")
+    names = [part.url for part in garbage.parts] + [upload.url for upload in garbage.uploads]
+    lines += names[:_GARBAGE_SHOWN]
+    if len(names) > _GARBAGE_SHOWN:
+        lines.append(f"and {len(names) - _GARBAGE_SHOWN:,} more: all of them with --json")
+    console.print(Group(*(Text(visible(line)) for line in lines)), soft_wrap=True)
+
+
 def plain(text: str, limit: int = _EXCERPT) -> str:
     """Text on one line, without control or formatting characters, cut at `limit`."""
     kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[: 4 * limit])
     line = " ".join(kept.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def without_secrets(text: str) -> str:
+    """Text with the values of secrets in the environment named instead of shown.
+
+    Nothing here puts one into a message; this is for what a library may quote.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _LEAST_SECRET and _SECRET_NAME.search(name):
+            text = text.replace(value, f"${name}")
+    return text
 
 
 def visible(text: str) -> str:
@@ -109,6 +146,7 @@ def _facts(result: Result) -> Group:
     summary = result.summary
     lines = [
         f"{summary.units_scored} units scored, {summary.units_reused} reused"
+        + (f", {rows:,} rows reused in all" if (rows := summary.rows_reused) else "")
         + (
             f"; {summary.tokens_scored:,} tokens at {summary.tokens_per_s:,.0f} tokens/s"
             if summary.tokens_per_s

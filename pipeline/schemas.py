@@ -1,6 +1,10 @@
 """The tables that stages hand to each other and to storage, in one place."""
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+
+from pipeline.errors import CherryError
 
 STATUSES = (
     "ok",
@@ -63,6 +67,21 @@ PART = pa.schema(
 )
 """A part: one row per input row of the unit, in input order. Scores are null unless ok."""
 
+KNOWN = pa.schema(
+    [f for f in PART if f.name not in ("row_index", "status", "reason")],
+)
+"""What `reuse: rows` keeps in memory of a scored row: 88 bytes where it has one turn."""
+
+LEDGER = pa.schema(
+    [
+        ("unit_id", pa.string()),
+        ("version", pa.string()),  # of the object: its ETag, or modification time
+        ("sha256", pa.string()),  # of its bytes
+        *((status, pa.int64()) for status in STATUSES),
+    ]
+)
+"""What is known of a part that was read and checked: rows by status, and which bytes they were."""
+
 BAD_LINE = "_cherry_bad_line"
 """Column of ingested JSON shards: why a line is no row, null for good lines."""
 
@@ -75,3 +94,51 @@ SELECTED = pa.schema(
     ]
 )
 """Columns that a cherry subset has after the input's own."""
+
+
+def ids_of(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
+    """sample_id as a numpy array, without a Python object per row."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.binary(16))
+    start = array.offset * 16
+    data = np.frombuffer(array.buffers()[1] or b"", np.uint8)[start : start + len(array) * 16]
+    return data.view("S16") if len(data) else np.empty(0, "S16")
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """A table as Arrow IPC stream bytes, as it travels between stages."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def from_ipc(buffer: pa.Buffer) -> pa.Table:
+    """The inverse of `to_ipc`."""
+    return pa.ipc.open_stream(buffer).read_all()
+
+
+def hand_on(
+    unit: str,
+    tokens: pa.Table | None = None,
+    part: pa.Table | None = None,
+    *,
+    num_tokens: int = 0,
+    rows_reused: int = 0,
+    started: float = 0.0,
+    failure: CherryError | None = None,
+) -> pa.Table:
+    """One unit as one row, as it goes from stage to stage."""
+    return pa.table(
+        {
+            "unit": pa.array([unit], pa.string()),
+            "tokens": pa.array([None if tokens is None else to_ipc(tokens)], pa.large_binary()),
+            "part": pa.array([None if part is None else to_ipc(part)], pa.large_binary()),
+            "num_tokens": pa.array([num_tokens], pa.int64()),
+            "rows_reused": pa.array([rows_reused], pa.int64()),
+            "started": pa.array([started], pa.float64()),
+            "failure": pa.array([failure and str(failure)], pa.string()),
+            "failure_kind": pa.array([failure and type(failure).__name__], pa.string()),
+        }
+    )

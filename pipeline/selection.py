@@ -15,100 +15,38 @@ and settings: neither the number of workers nor times or absolute paths reach th
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from decimal import Context, Decimal
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from pipeline import storage
-from pipeline.config import Ratio, SelectConfig
+from pipeline.accounting import Audit
+from pipeline.errors import InputError, StorageError
 from pipeline.inputs import Corpus
+from pipeline.schemas import ids_of
 from pipeline.subset import WRITER_VERSION, output_schema, write_subset
+from pipeline.survey import (
+    NUM_BINS,
+    SelectSettings,
+    Survey,
+    eligible_rows,
+    from_keys,
+    read_parts,
+    survey_parts,
+    tasks,
+    to_keys,
+)
 from pipeline.units import Plan, fingerprint
-
-_EXACT = Context(prec=1000)
-"""0.1 and 0.10 are one setting, and no digit of a longer one is rounded away."""
-
-_UNITS_PER_TASK = 64
-_BINS = 1 << 16
-_EXTREMES = 5
 
 _CANDIDATE = np.dtype([("key", "<u8"), ("sample_id", "S16"), ("unit", "<u4"), ("row", "<i8")])
 """A row that may be selected, 36 bytes. numpy pads S16 with zero bytes when it compares, which
 changes nothing between values that are all 16 bytes long."""
-
-
-@dataclass(frozen=True)
-class SelectSettings:
-    """Resolved selection settings."""
-
-    by: Ratio
-    fraction: str | None
-    """An exact decimal."""
-    count: int | None
-    threshold: float | None
-    of: Literal["all", "scored", "eligible"]
-    min_ifd: float | None
-    max_ifd: float | None
-    min_response_tokens: int
-
-    @classmethod
-    def from_config(cls, config: SelectConfig, by: Ratio) -> "SelectSettings":
-        """Fill in the default budget: a fraction of 0.10."""
-        fraction = config.fraction
-        if fraction is None and config.count is None and config.threshold is None:
-            fraction = Decimal("0.10")
-        return cls(
-            by=by,
-            fraction=None if fraction is None else str(fraction.normalize(_EXACT)),
-            count=config.count,
-            threshold=config.threshold,
-            of=config.of,
-            min_ifd=config.min_ifd,
-            max_ifd=config.max_ifd,
-            min_response_tokens=config.min_response_tokens,
-        )
-
-
-@dataclass
-class Survey:
-    """What one pass over the parts says."""
-
-    rows_by_status: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Rows with status ok that are not eligible, by reason."""
-    histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
-    """Eligible rows by the top 16 bits of their key."""
-    highest: list[tuple[float, int, int]] = field(default_factory=list)
-    """Of the eligible rows: (ratio, unit, row), highest first."""
-    lowest: list[tuple[float, int, int]] = field(default_factory=list)
-
-    @property
-    def scored(self) -> int:
-        """Rows with status ok."""
-        return self.rows_by_status["ok"]
-
-    @property
-    def eligible(self) -> int:
-        """Rows that may be selected."""
-        return int(self.histogram.sum())
-
-    def add(self, other: "Survey") -> None:
-        """Merge another survey into this one."""
-        self.rows_by_status += other.rows_by_status
-        self.rejected += other.rejected
-        self.histogram += other.histogram
-        order = sorted(self.highest + other.highest, key=lambda e: (-e[0], e[1], e[2]))
-        self.highest = order[:_EXTREMES]
-        self.lowest = sorted(self.lowest + other.lowest)[:_EXTREMES]
 
 
 @dataclass(frozen=True)
@@ -122,18 +60,28 @@ class Selection:
 
 
 def select(
-    plan: Plan, corpus: Corpus, output: str, settings: SelectSettings, score_fp: str
-) -> tuple[Selection, Survey]:
+    plan: Plan,
+    corpus: Corpus,
+    output: str,
+    settings: SelectSettings,
+    score_fp: str,
+    audited: Audit,
+) -> tuple[Selection, Survey | None]:
     """Select from finished parts and write the cherry subset, its manifest last.
 
-    A selection whose manifest exists is not written again.
+    A selection whose manifest exists is not made again, and has no survey. Its fingerprint holds
+    the hashes of the parts, so that the same units with other bytes (rescored errors, or deleted
+    parts that another kind of device scored again) make another subset.
+
+    Raises:
+        StorageError: Parts changed while they were selected from.
     """
     schema = output_schema(corpus)
-    survey = _survey_parts(plan, settings)
     select_fp = fingerprint(
         {
             "score_fp": score_fp,
             "units": [unit.unit_id for unit in plan.units],
+            "parts": audited.digest,
             "settings": asdict(settings),
             "writer_version": WRITER_VERSION,
         }
@@ -141,15 +89,18 @@ def select(
     root = storage.join(storage.absolute(output), "cherry")
     url = storage.join(root, select_fp)
     manifest_url = storage.join(url, "_MANIFEST.json")
+    survey = None
     if storage.exists(manifest_url):
         manifest = json.loads(storage.read_bytes(manifest_url))
     else:
+        survey = survey_parts(plan, settings)
         budget = _budget(settings, plan.num_rows, survey)
         chosen, duplicates = _choose(plan, settings, survey, budget)
         parts = write_subset(plan, chosen["unit"], chosen["row"], schema, url)
         manifest = {
             "score_fingerprint": score_fp,
             "select_fingerprint": select_fp,
+            "score_parts": {"count": len(audited.entries), "sha256": audited.digest},
             "settings": asdict(settings),
             "rows": plan.num_rows,
             "rows_by_status": dict(sorted(survey.rows_by_status.items())),
@@ -158,32 +109,27 @@ def select(
             "asked_rows": budget,
             "selected_rows": len(chosen),
             "duplicate_rows": duplicates,
-            "cut": float(_from_keys(chosen["key"][-1:])[0]) if len(chosen) else None,
+            "cut": float(from_keys(chosen["key"][-1:])[0]) if len(chosen) else None,
             "parts": parts,
         }
+        if changed := audited.changed(plan):
+            raise StorageError(
+                f"{plan.scores_url}: {len(changed)} parts changed while they were selected from, "
+                f"the first is {changed[0]}.parquet. Another run rescores or deletes them: let it "
+                "end, then run cherry select."
+            )
         storage.publish(manifest_url, json.dumps(manifest, indent=1).encode())
-    latest = {"manifest": f"cherry/{select_fp}/_MANIFEST.json"}
-    storage.replace_if_unchanged(
-        storage.join(storage.absolute(output), "LATEST.json"), json.dumps(latest, indent=1).encode()
-    )
+    _point_latest(output, {"manifest": f"cherry/{select_fp}/_MANIFEST.json"})
     return Selection(url, manifest_url, manifest), survey
 
 
-def to_keys(ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
-    """float64 -> uint64 of the same order; -0.0 and 0.0 are one value. NaN has no place here.
-
-    Negative numbers are complemented, others get their sign bit set:
-    -1.0 -> 0x400fffffffffffff, 0.0 -> 0x8000000000000000, 1.0 -> 0xbff0000000000000.
-    """
-    assert not np.isnan(ratios).any()
-    bits = (ratios + 0.0).view(np.uint64)
-    sign = np.uint64(1 << 63)
-    return np.where(bits & sign, ~bits, bits | sign)
-
-
-def _from_keys(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    sign = np.uint64(1 << 63)
-    return np.where(keys & sign, keys ^ sign, ~keys).view(np.float64)
+def _point_latest(output: str, latest: dict[str, str]) -> None:
+    url = storage.join(storage.absolute(output), "LATEST.json")
+    data = json.dumps(latest, indent=1).encode()
+    with suppress(InputError):  # none yet
+        if storage.read_bytes(url) == data:
+            return
+    storage.replace_if_unchanged(url, data)
 
 
 def _budget(settings: SelectSettings, num_rows: int, survey: Survey) -> int | None:
@@ -214,11 +160,11 @@ def _choose(
         at_least = int(to_keys(np.array([settings.threshold]))[0])
     from_top = np.cumsum(survey.histogram[::-1])
     wanted = survey.eligible if budget is None else budget
-    upper = _BINS
+    upper = NUM_BINS
     ranked = np.empty(0, _CANDIDATE)
     while True:
         position = int(np.searchsorted(from_top, min(wanted, survey.eligible)))
-        lower = _BINS - 1 - position
+        lower = NUM_BINS - 1 - position
         found = _gather(plan, settings, max(lower << 48, at_least or 0), upper << 48)
         ranked = np.concatenate([ranked, _rank(found)])  # all of it ranks below what is there
         unique = _first_copies(ranked)
@@ -248,47 +194,10 @@ def _first_copies(ranked: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def _tasks(plan: Plan) -> Iterator[tuple[int, list[str]]]:
-    """(index of the first unit, part URLs) for each task."""
-    for start in range(0, len(plan.units), _UNITS_PER_TASK):
-        units = plan.units[start : start + _UNITS_PER_TASK]
-        yield start, [plan.part_url(unit) for unit in units]
-
-
-def _survey_parts(plan: Plan, settings: SelectSettings) -> Survey:
-    total = Survey()
-    jobs = [_survey_task.remote(urls, first, settings) for first, urls in _tasks(plan)]
-    for survey in ray.get(jobs):
-        total.add(survey)
-    return total
-
-
 def _gather(plan: Plan, settings: SelectSettings, low: int, high: int) -> npt.NDArray[Any]:
     """Eligible rows with low <= key < high."""
-    jobs = [_gather_task.remote(u, first, settings, low, high) for first, u in _tasks(plan)]
+    jobs = [_gather_task.remote(u, first, settings, low, high) for first, u in tasks(plan)]
     return np.concatenate(ray.get(jobs))
-
-
-@ray.remote
-def _survey_task(urls: list[str], first_unit: int, settings: SelectSettings) -> Survey:
-    total = Survey()
-    for unit, url in enumerate(urls, start=first_unit):
-        part = _read_part(url, settings)
-        total.rows_by_status.update(part["status"].to_pylist())
-        eligible, rejected = _eligible(part, settings)
-        total.rejected += rejected
-        kept = part.filter(eligible)
-        ratios = kept[settings.by].to_numpy()
-        bins = (to_keys(ratios) >> np.uint64(48)).astype(np.int64)
-        total.histogram += np.bincount(bins, minlength=_BINS)
-        for name, direction in (("highest", "descending"), ("lowest", "ascending")):
-            order = pc.sort_indices(kept, [(settings.by, direction), ("row_index", "ascending")])
-            ends = kept.take(order[:_EXTREMES])
-            rows = zip(ends[settings.by].to_pylist(), ends["row_index"].to_pylist(), strict=True)
-            getattr(total, name).extend((ratio, unit, row) for ratio, row in rows)
-    merged = Survey()
-    merged.add(total)
-    return merged
 
 
 @ray.remote
@@ -296,52 +205,15 @@ def _gather_task(
     urls: list[str], first_unit: int, settings: SelectSettings, low: int, high: int
 ) -> npt.NDArray[Any]:
     found = []
-    for unit, url in enumerate(urls, start=first_unit):
-        part = _read_part(url, settings)
-        part = part.filter(_eligible(part, settings)[0])
+    for unit, part in enumerate(read_parts(urls, settings), start=first_unit):
+        part = part.filter(eligible_rows(part, settings)[0])
         keys = to_keys(part[settings.by].to_numpy())
         inside = (keys >= np.uint64(low)) & (keys <= np.uint64(high - 1))
         kept = part.filter(pa.array(inside))
         rows = np.empty(len(kept), _CANDIDATE)
         rows["key"] = keys[inside]
-        rows["sample_id"] = _ids(kept["sample_id"])
+        rows["sample_id"] = ids_of(kept["sample_id"])
         rows["unit"] = unit
         rows["row"] = kept["row_index"].to_numpy()
         found.append(rows)
     return np.concatenate(found)
-
-
-def _read_part(url: str, settings: SelectSettings) -> pa.Table:
-    names = ["row_index", "sample_id", "status", "num_response_tokens", settings.by]
-    with storage.open_parquet(url) as parquet:
-        return parquet.read(columns=names)
-
-
-def _eligible(part: pa.Table, settings: SelectSettings) -> tuple[pa.Array, Counter[str]]:
-    """Which rows may be selected, and why rows with status ok may not (the first reason)."""
-    ratio = part[settings.by]
-    remaining = pc.equal(part["status"], "ok")
-    rejected: Counter[str] = Counter()
-    rules: list[tuple[str, Any]] = [
-        ("too_few_tokens", pc.less(part["num_response_tokens"], settings.min_response_tokens))
-    ]
-    if settings.max_ifd is not None:
-        rules.append(("at_or_over_max_ifd", pc.greater_equal(ratio, settings.max_ifd)))
-    if settings.min_ifd is not None:
-        rules.append(("under_min_ifd", pc.less(ratio, settings.min_ifd)))
-    for reason, hit in rules:
-        hit = pc.and_(remaining, pc.fill_null(hit, False))
-        if count := pc.sum(hit).as_py():
-            rejected[reason] = count
-        remaining = pc.and_not(remaining, hit)
-    return remaining, rejected
-
-
-def _ids(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
-    """fixed_size_binary(16) as a numpy array, without a Python object per row."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.binary(16))
-    start = array.offset * 16
-    data = np.frombuffer(array.buffers()[1] or b"", np.uint8)[start : start + len(array) * 16]
-    return data.view("S16") if len(data) else np.empty(0, "S16")

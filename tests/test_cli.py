@@ -403,13 +403,15 @@ def test_the_commands_and_their_options_are_pinned() -> None:
         for name, command in group.commands.items()
     }
     common = ["path", "--set", "--json"]
-    assert found == {"run": common, "score": common, "select": common}
+    scoring = [*common, "--retry-errors"]
+    gc = [*common, "--delete", "--all", "--force"]
+    assert found == {"run": scoring, "score": scoring, "select": common, "gc": gc}
 
 
 def test_every_command_is_described() -> None:
     said = cherry("--help")
     assert said.exit_code == 0
-    for name in ("run", "score", "select"):
+    for name in ("run", "score", "select", "gc"):
         assert f"\n  {name} " in said.stdout
         help_text = cherry(name, "--help").stdout
         assert_says(

@@ -186,6 +186,8 @@ def test_a_fraction_is_kept_as_the_decimal_that_was_written(given: Any, kept: st
         "S3://AKIA123:secret@bucket/x",
         "simplecache::s3://AKIA123:secret@bucket/x",
         "https://token@host/x",
+        "https://host/x.parquet?X-Amz-Credential=AKIA123&X-Amz-Signature=0f3a",
+        "https://host/x.parquet?sv=2024&sig=AKIA123",
     ],
 )
 @pytest.mark.parametrize("key", ["input", "output", "model"])

@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_model
+from conftest import REPOSITORY, make_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 
 from pipeline import models
@@ -39,6 +41,35 @@ def test_a_changed_config_is_another_model(model_dir: Path, tmp_path: Path) -> N
     config = copy / "config.json"
     config.write_text(config.read_text().replace("1e-06", "1e-05"))
     assert resolve(copy, tmp_path).fingerprint != before
+
+
+_RESOLVE = """
+import sys
+from pipeline.config import ModelConfig
+from pipeline.models import resolve
+for revision in (None, sys.argv[1]):
+    print(resolve(ModelConfig(path="org/tiny", revision=revision)).fingerprint)
+"""
+
+
+def test_a_hub_model_is_identified_by_its_resolved_revision(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """`main` and the commit that it points to are one model; when it moves, another."""
+    repository = tmp_path / "models--org--tiny"
+    old, new = "a" * 40, "b" * 40
+    (repository / "refs").mkdir(parents=True)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    said = []
+    for commit in (old, new):
+        shutil.copytree(model_dir, repository / "snapshots" / commit)
+        (repository / "refs/main").write_text(commit)
+        command = [sys.executable, "-c", _RESOLVE, old]
+        done = subprocess.run(
+            command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+        said.append(done.stdout.split())
+    assert said == [[f"commit:{old}"] * 2, [f"commit:{new}", f"commit:{old}"]]
 
 
 def test_missing_weights_are_refused_not_made_up(model_dir: Path, tmp_path: Path) -> None:

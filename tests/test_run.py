@@ -4,13 +4,16 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROWS, make_tokenizer, read_parts, write_parquet
+import yaml
+from conftest import REPOSITORY, ROWS, make_tokenizer, read_parts, write_parquet
 
 from pipeline import run
 from pipeline.errors import ShardError
@@ -242,3 +245,31 @@ def test_tokens_scored_are_the_lengths_of_both_passes(
     marker = len(make_tokenizer().encode("### Response:"))
     conditioned = row["num_prompt_tokens"] + row["num_response_tokens"]
     assert summary.tokens_scored == conditioned + marker + row["num_direct_tokens"]
+
+
+def test_two_drivers_on_one_output_converge(
+    config_for: ConfigFor, corpus: Path, tmp_path: Path
+) -> None:
+    """Their packs differ, so that their scores do in the last bits: no part is mixed of both."""
+    drivers = []
+    for name, max_batch_tokens in (("one", 64), ("other", 4096)):
+        path = tmp_path / f"{name}.yaml"
+        score = {"unit_rows": 4, "max_batch_tokens": max_batch_tokens}
+        path.write_text(yaml.safe_dump(config_for(corpus, score=score).model_dump(mode="json")))
+        drivers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "pipeline", "run", str(path), "--json"],
+                cwd=REPOSITORY, env={**os.environ, "RAY_ADDRESS": "local"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    answers = [driver.communicate(timeout=300) for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], answers
+    one, other = (json.loads(stdout.splitlines()[-1]) for stdout, _ in answers)
+    for key in ("manifest", "cut", "selected_rows", "rows_by_status", "scores_path"):
+        assert one[key] == other[key]
+    parts = list(Path(one["scores_path"]).iterdir())
+    assert len(parts) == one["units_total"]
+    packs = {pq.read_schema(p).metadata[b"cherry.max_batch_tokens"] for p in parts}
+    assert packs <= {b"64", b"4096"}
+    assert len(list(Path(one["cherry_path"]).parent.iterdir())) == 1

@@ -30,12 +30,14 @@ from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import selection, subset
+from pipeline import selection, subset, survey
+from pipeline.accounting import audit
 from pipeline.config import InputConfig, SelectConfig
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError
 from pipeline.inputs import Corpus, open_corpus
 from pipeline.schemas import BAD_LINE, PART, SELECTED
-from pipeline.selection import Selection, SelectSettings, Survey, select, to_keys
+from pipeline.selection import Selection
+from pipeline.survey import SelectSettings, Survey, from_keys, to_keys
 from pipeline.units import Plan, make_plan
 
 ray = pytest.mark.ray
@@ -121,6 +123,12 @@ def plan_of(
 
 def wanted(by: Any = "ifd_loss_ratio", **config: Any) -> SelectSettings:
     return SelectSettings.from_config(SelectConfig.model_validate(config), by)
+
+
+def select(
+    plan: Plan, corpus: Corpus, output: str, settings: SelectSettings, score_fp: str
+) -> tuple[Selection, Survey | None]:
+    return selection.select(plan, corpus, output, settings, score_fp, audit(plan))
 
 
 def select_into(
@@ -271,7 +279,7 @@ def test_keys_have_the_order_of_their_ratios(ratios: list[float]) -> None:
 
 @given(st.lists(FINITE | EDGES))
 def test_keys_turn_back_into_ratios(ratios: list[float]) -> None:
-    back = selection._from_keys(to_keys(np.array(ratios, np.float64))).tolist()
+    back = from_keys(to_keys(np.array(ratios, np.float64))).tolist()
     assert [struct.pack("d", r + 0.0) for r in ratios] == [struct.pack("d", r) for r in back]
 
 
@@ -413,6 +421,7 @@ def test_worked_example(ray_local: None, tmp_path: Path) -> None:
         "selected_rows": 4,
         "duplicate_rows": 1,
         "cut": 0.2,
+        "score_parts": {"count": 4, "sha256": audit(plan).digest},
         "parts": found.manifest["parts"],
     }  # fmt: skip
     assert json.loads(Path(found.manifest_url).read_bytes()) == found.manifest
@@ -463,7 +472,7 @@ def test_selection_is_the_oracles(ray_local: None, tmp_path: Path, kind: str) ->
     source.shuffle(rows)
     shards = [rows[:101], rows[101:102], rows[102:]]
     plan, corpus = scored(tmp_path, shards, unit_rows=4)
-    assert len(plan.units) > selection._UNITS_PER_TASK  # several tasks take part
+    assert len(plan.units) > survey._UNITS_PER_TASK  # several tasks take part
     for budget in BUDGETS:
         check(tmp_path, shards, plan, corpus, **budget)
 
@@ -759,10 +768,11 @@ _ONE_CPU = """
 import pickle, sys
 import ray
 from pipeline import selection
+from pipeline.accounting import audit
 plan, corpus, settings = pickle.load(open(sys.argv[1], "rb"))
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
          object_store_memory=100_000_000)
-selection.select(plan, corpus, sys.argv[2], settings, "fp")
+selection.select(plan, corpus, sys.argv[2], settings, "fp", audit(plan))
 """
 
 
@@ -1045,7 +1055,7 @@ def test_each_setting_and_the_corpus_name_the_subset(ray_local: None, tmp_path: 
     ]  # fmt: skip
     urls = {select_into(tmp_path, plan, corpus, **c)[0].url for c in configs}
     other_fp, _ = select(plan, corpus, str(tmp_path / "out"), wanted(), "fp2")
-    fewer_units = Plan(plan.units[:-1], plan.scores_url)
+    fewer_units = plan.without({plan.units[-1].unit_id})
     shrunk, _ = select(fewer_units, corpus, str(tmp_path / "out"), wanted(), "fp")
     assert len(urls | {other_fp.url, shrunk.url}) == len(configs) + 2
 
@@ -1084,6 +1094,44 @@ def test_parts_of_a_killed_selection_are_replaced(ray_local: None, tmp_path: Pat
 def test_missing_part_is_named(ray_local: None, tmp_path: Path) -> None:
     plan, corpus = scored(tmp_path, [[row(n / 20, n) for n in range(12)]])
     path = Path(plan.part_url(plan.units[2]))
+    audited = audit(plan)
     path.unlink()
     with pytest.raises(InputError, match=path.name):
-        select_into(tmp_path, plan, corpus, count=3)
+        selection.select(plan, corpus, str(tmp_path / "out"), wanted(count=3), "fp", audited)
+
+
+# Other bytes
+
+
+@ray
+def test_parts_that_change_while_they_are_selected_from_are_noticed(
+    ray_local: None, tmp_path: Path
+) -> None:
+    plan, corpus = scored(tmp_path, [[row(0.1 * n, n) for n in range(1, 9)]])
+    audited = audit(plan)
+    changed = Path(plan.part_url(plan.units[1]))
+    table = pq.read_table(changed)
+    pq.write_table(table.replace_schema_metadata({"cherry.device": "another"}), changed)
+    job = (plan, corpus, str(tmp_path / "out"), wanted(fraction="0.5"), "fp")
+    with pytest.raises(StorageError, match=f"1 parts changed.*{plan.units[1].unit_id}"):
+        selection.select(*job, audited)
+    assert not list(tmp_path.glob("out/cherry/*/_MANIFEST.json"))
+    assert not (tmp_path / "out/LATEST.json").exists()
+
+
+@ray
+def test_the_same_units_with_other_bytes_make_another_subset(
+    ray_local: None, tmp_path: Path
+) -> None:
+    plan, corpus = scored(tmp_path, [[row(0.1 * n, n) for n in range(1, 9)]])
+    job = (plan, corpus, str(tmp_path / "out"), wanted(fraction="0.5"), "fp")
+    first, _ = select(*job)
+    again, survey = select(*job)
+    assert (again.url, survey) == (first.url, None)  # made once
+    part = Path(plan.part_url(plan.units[0]))
+    table = pq.read_table(part)
+    pq.write_table(table.replace_schema_metadata({"cherry.device": "another"}), part)
+    other, _ = select(*job)
+    assert other.url != first.url
+    assert other.manifest["score_parts"] != first.manifest["score_parts"]
+    assert other.manifest["parts"] == first.manifest["parts"]  # nothing else differs here

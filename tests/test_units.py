@@ -17,7 +17,7 @@ from pipeline.config import Config, InputConfig
 from pipeline.inputs import Corpus, Shard, open_corpus
 from pipeline.models import ModelRef
 from pipeline.samples import Columns
-from pipeline.scoring import ScoringSettings
+from pipeline.settings import ScoringSettings
 from pipeline.units import Plan, Unit, auto_unit_rows, cut_rows, make_plan
 
 ROW_GROUPS = st.lists(st.integers(0, 40), max_size=12).map(tuple)
@@ -288,16 +288,17 @@ def test_pending_is_what_has_no_part(corpus: Path, tmp_path: Path) -> None:
     opened = open_corpus(InputConfig(path=str(corpus)), str(tmp_path / "out"))
     plan = make_plan(opened, str(tmp_path / "out"), "fp", 5, 10**8, None)
     units_8 = list(plan.units)
-    assert plan.pending() == units_8  # nor is there a folder yet
+    assert plan.pending(plan.parts()) == units_8  # nor is there a folder yet
     for unit in (units_8[1], units_8[4]):
         storage.publish(plan.part_url(unit), b"part")
     Path(plan.scores_url, f"{units_8[0].unit_id}.parquet.tmp").write_bytes(b"left behind")
     Path(plan.scores_url, f".{units_8[0].unit_id}.parquet").write_bytes(b"left behind")
     Path(plan.scores_url, "another.parquet").write_bytes(b"of a shard that is gone")
-    assert plan.pending() == [units_8[i] for i in (0, 2, 3, 5, 6, 7)]
-    for unit in plan.pending():
+    assert plan.pending(plan.parts()) == [units_8[i] for i in (0, 2, 3, 5, 6, 7)]
+    for unit in plan.pending(plan.parts()):
         storage.publish(plan.part_url(unit), b"part")
-    assert plan.pending() == []
+    assert plan.pending(plan.parts()) == []
+    assert plan.stale(plan.parts()) == [f"{plan.scores_url}/another.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -375,10 +376,10 @@ def test_each_field_that_can_change_a_score_changes_the_fingerprint() -> None:
 def test_versions_of_scoring_change_the_fingerprint(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import scoring
+    from pipeline import settings
 
     before = SETTINGS.fingerprint("text", "tokenizer")
-    monkeypatch.setattr(scoring, name, getattr(scoring, name) + 1)
+    monkeypatch.setattr(settings, name, getattr(settings, name) + 1)
     assert SETTINGS.fingerprint("text", "tokenizer") != before
 
 

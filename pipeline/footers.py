@@ -1,0 +1,113 @@
+"""Footers: what a Parquet shard's footer says, remembered so that it is read once.
+
+``<output>/ingest/footers.parquet`` holds them by the source's URL, size and version (its ETag), so
+that a rerun over shards that nobody has touched opens none of them. It is only a memory: any entry
+whose version differs is read again, and without the file all are.
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import InputError
+from pipeline.storage import ObjectInfo
+
+_SCHEMA = pa.schema(
+    [
+        ("source_url", pa.string()),
+        ("source_size", pa.int64()),
+        ("source_version", pa.string()),
+        ("url", pa.string()),
+        ("read_url", pa.string()),
+        ("schema", pa.binary()),  # Arrow IPC
+        ("row_groups", pa.list_(pa.int64())),
+        ("column_bytes", pa.map_(pa.string(), pa.int64())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Footer:
+    """Of one shard, whatever layout its columns are read as."""
+
+    url: str
+    """Identity: the input file, and for ingested JSON the number of its piece after a '#'."""
+    read_url: str
+    """Where the Parquet bytes are."""
+    schema: pa.Schema
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
+    column_bytes: dict[str, int]
+    """Uncompressed bytes of each top-level column."""
+
+
+Known = dict[ObjectInfo, list[Footer]]
+"""By source: one footer of a Parquet file, one for each piece of a JSON file."""
+
+
+def read_footer(url: str, read_url: str) -> Footer:
+    """Open a shard and read its footer."""
+    with storage.open_parquet(read_url) as parquet:
+        row_groups: list[int] = []
+        column_bytes = dict.fromkeys(parquet.schema_arrow.names, 0)
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            row_groups.append(group.num_rows)
+            for number in range(group.num_columns):
+                chunk = group.column(number)
+                # A top-level column may have dots in its own name: its longest prefix counts.
+                path = chunk.path_in_schema
+                name = path if path in column_bytes else path.split(".")[0]
+                column_bytes[name] = column_bytes.get(name, 0) + chunk.total_uncompressed_size
+        return Footer(url, read_url, parquet.schema_arrow, tuple(row_groups), column_bytes)
+
+
+def load(output: str) -> Known:
+    """What earlier runs have read; empty where there is nothing."""
+    try:
+        data = storage.read_bytes(_url(output))
+        rows = pq.read_table(pa.BufferReader(data), schema=_SCHEMA).to_pylist()
+    except (InputError, pa.ArrowException, OSError):
+        return {}  # none yet, or another version's
+    schemas: dict[bytes, pa.Schema] = {}
+    known: Known = {}
+    for row in rows:
+        raw = row["schema"]
+        schema = schemas.setdefault(raw, pa.ipc.read_schema(pa.py_buffer(raw)))
+        footer = Footer(
+            row["url"],
+            row["read_url"],
+            schema,
+            tuple(row["row_groups"]),
+            dict(row["column_bytes"]),
+        )
+        source = ObjectInfo(row["source_url"], row["source_size"], row["source_version"])
+        known.setdefault(source, []).append(footer)
+    return known
+
+
+def save(output: str, known: Known) -> None:
+    """Remember the footers of this input, in place of what was there."""
+    rows = [
+        {
+            "source_url": source.url,
+            "source_size": source.size,
+            "source_version": source.version,
+            "url": footer.url,
+            "read_url": footer.read_url,
+            "schema": footer.schema.serialize().to_pybytes(),
+            "row_groups": footer.row_groups,
+            "column_bytes": list(footer.column_bytes.items()),
+        }
+        for source, footers in sorted(known.items(), key=lambda item: item[0].url)
+        for footer in footers
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
+    storage.replace(_url(output), sink.getvalue().to_pybytes())
+
+
+def _url(output: str) -> str:
+    return storage.join(storage.absolute(output), "ingest", "footers.parquet")

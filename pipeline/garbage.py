@@ -1,0 +1,101 @@
+"""Garbage: parts that no current input names, and writes that were never finished.
+
+Nothing is deleted unless asked, nothing younger than a day (another run may be writing it), and not
+where the listing looks wrong: no input, units still to score, or more than half of the parts.
+"""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.errors import InputError
+from pipeline.job import Job
+from pipeline.storage import ObjectInfo
+from pipeline.uploads import Upload, abort_upload, dangling_uploads
+
+KEEP_S = 24 * 3600.0
+"""Younger objects are spared."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What could go."""
+
+    parts: list[ObjectInfo]
+    """Parts that no unit of the current input names, older than a day."""
+    uploads: list[Upload]
+    """Unfinished multipart uploads and temporary files under the output, older than a day."""
+    num_parts: int
+    """Parts looked at."""
+    num_spared: int
+    """Parts that no unit names, younger than a day."""
+    num_pending: int
+    """Units of the current input that have no part yet."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the parts."""
+        return sum(part.size for part in self.parts)
+
+    def summary(self, *, deleted: bool) -> dict[str, object]:
+        """What `--json` prints."""
+        return {
+            "parts": [part.url for part in self.parts],
+            "bytes": self.num_bytes,
+            "uploads": [upload.url for upload in self.uploads],
+            "spared_parts": self.num_spared,
+            "parts_total": self.num_parts,
+            "deleted": deleted,
+        }
+
+
+def find(job: Job, *, all_scores: bool = False) -> Garbage:
+    """List what could go, by what the current input does not name.
+
+    Args:
+        job: The current input under its settings.
+        all_scores: Also under every other score fingerprint of the output: all of those parts.
+    """
+    output = storage.absolute(job.config.output)
+    scores = storage.join(output, "scores") if all_scores else job.plan.scores_url
+    listed = storage.list_objects(scores) if storage.exists(scores) else []
+    parts = [entry for entry in listed if entry.url.endswith(".parquet")]
+    named = {job.plan.part_url(unit) for unit in job.plan.units}
+    strays = [part for part in parts if part.url not in named]
+    before = time.time() - KEEP_S
+    old = [part for part in strays if part.modified < before]
+    return Garbage(
+        parts=old,
+        uploads=dangling_uploads(output, KEEP_S),
+        num_parts=len(parts),
+        num_spared=len(strays) - len(old),
+        num_pending=len(named - {part.url for part in parts}),
+    )
+
+
+def delete(garbage: Garbage, *, force: bool = False) -> None:
+    """Delete what was found.
+
+    Raises:
+        InputError: It looks like a mistake, and `force` is not given.
+    """
+    if not force:
+        _refuse_mistakes(garbage)
+    with ThreadPoolExecutor(max_workers=16) as pool:  # each is a request, mostly waiting
+        list(pool.map(storage.remove, [part.url for part in garbage.parts]))
+        list(pool.map(abort_upload, garbage.uploads))
+
+
+def _refuse_mistakes(garbage: Garbage) -> None:
+    if garbage.parts and garbage.num_pending:
+        raise InputError(
+            f"gc: {garbage.num_pending} units of the input have no part yet, and may take scores "
+            f"from the {len(garbage.parts)} parts that would go. Run cherry score first, or give "
+            "--force."
+        )
+    if 2 * len(garbage.parts) > garbage.num_parts:
+        raise InputError(
+            f"gc: {len(garbage.parts)} of {garbage.num_parts} parts would go, more than half. Is "
+            "input.path what you mean? If it is, give --force."
+        )

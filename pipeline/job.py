@@ -1,0 +1,127 @@
+"""What there is to do: a config checked against its input and model, and cut into units."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline import cluster, engine, inputs, models, storage, units
+from pipeline.config import Config
+from pipeline.errors import ConfigError, StorageError
+from pipeline.inputs import Corpus
+from pipeline.models import ModelRef
+from pipeline.rendering import Renderer
+from pipeline.settings import ScoringSettings
+from pipeline.subset import output_schema
+from pipeline.units import Plan
+
+log = logging.getLogger("cherry")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config, its input and the description of its model, found to be sound."""
+
+    config: Config
+    corpus: Corpus
+    model: ModelRef
+    renderer: Renderer
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What there is to do: resolved settings and planned units."""
+
+    config: Config
+    corpus: Corpus
+    settings: ScoringSettings
+    score_fp: str
+    plan: Plan
+
+
+def check(config: Config, *, selecting: bool) -> Checked:
+    """Read the input's footers and the model's description; nothing is started.
+
+    Raises:
+        ConfigError, InputError, ModelError: With what to do about it.
+    """
+    ref = models.resolve(config.model)
+    corpus = inputs.open_corpus(config.input, config.output)
+    if selecting:
+        output_schema(corpus)  # columns that cannot be written are named before hours of scoring
+    for layout, count in Counter(s.columns.describe() for s in corpus.shards).items():
+        log.info("%d shard%s read as %s", count, "s"[: count > 1], layout)
+    architecture = models.load_config(ref)
+    preset = config.preset
+    renderer = Renderer(
+        models.load_tokenizer(ref),
+        preset.template,
+        _max_length(config, architecture),
+        preset.pair_tokens,
+    )
+    num_parameters = models.count_parameters(architecture)
+    _save_config(config)
+    inputs.remember_footers(corpus, config.output)
+    return Checked(config, corpus, ref, renderer, num_parameters)
+
+
+def plan(checked: Checked) -> Job:
+    """Resolve what depends on the cluster's kind of device, and cut the corpus into units."""
+    config, renderer = checked.config, checked.renderer
+    settings = ScoringSettings(
+        model=checked.model,
+        template=renderer.template,
+        pair_tokens=renderer.pair_tokens,
+        max_length=renderer.max_length,
+        dtype=_dtype(config),
+        max_batch_tokens=config.score.max_batch_tokens,
+    )
+    score_fp = settings.fingerprint(
+        renderer.template_text, models.tokenizer_fingerprint(renderer.tokenizer)
+    )
+    planned = units.make_plan(
+        checked.corpus,
+        config.output,
+        score_fp,
+        config.score.unit_rows,
+        checked.num_parameters,
+        config.input.max_rows,
+    )
+    return Job(config, checked.corpus, settings, score_fp, planned)
+
+
+def _save_config(config: Config) -> None:
+    """Keep the resolved config beside the results; notices an output that cannot be written."""
+    text = config.model_dump_json(indent=1)
+    name = f"{units.fingerprint(config.model_dump(mode='json'))}.json"
+    url = storage.join(storage.absolute(config.output), "configs", name)
+    try:
+        storage.publish(url, text.encode())
+    except StorageError as err:
+        raise ConfigError(
+            f"output: {err}. Check the path, the credentials in the environment and the bucket's "
+            "policy."
+        ) from err
+
+
+def _max_length(config: Config, architecture: Any) -> int:
+    wanted = config.preset.max_length
+    limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    named = config.score.max_length
+    if named and limit and named > limit:
+        raise ConfigError(
+            f"key 'score.max_length': got {named}, expected at most {limit}, the positions of "
+            f"{config.model.path}."
+        )
+    return min(wanted, limit) if limit else wanted
+
+
+def _dtype(config: Config) -> Any:
+    """`auto`: bfloat16 where scoring runs on GPUs or on CPUs that multiply it in hardware."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    device = torch.device("cuda" if cluster.scores_on_gpus(config.cluster) else "cpu")
+    return str(engine.auto_dtype(device)).removeprefix("torch.")

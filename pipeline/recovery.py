@@ -1,0 +1,232 @@
+"""Recovery: what a dead process took with it is tried again, and a row that kills is found.
+
+::
+
+    pass 1      all units, once          lost: its process died or hung, or it raised
+    pass 2      the lost ones, again     a spot machine that vanished does not do so twice
+    isolation   a unit lost twice, in    first whole; then in pieces of about the square root of
+                a process of its own     its rows; a piece that is lost, row by row
+
+A row alone that raises, or that takes two processes with it, is `error` with a reason; every other
+row is scored. A deadly row costs six processes, however many rows its unit has; one that hangs,
+three times the unit's timeout, and a tenth of it for the piece and for each try alone.
+"""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from pipeline import scoring as stages
+from pipeline.errors import CherryError, ScoringError
+from pipeline.parts import UnitDone, failed, publish_part
+from pipeline.schemas import PART, from_ipc, to_ipc
+from pipeline.scoring import LOAD_TIMEOUT_S, UnitScorer
+from pipeline.settings import Scoring
+from pipeline.tokenising import prepare
+from pipeline.units import Unit
+
+log = logging.getLogger("cherry")
+
+_PASSES = 2
+_ATTEMPTS_ALONE = 2
+_SHARE_OF_A_PIECE = 0.1
+"""Of the unit's timeout, at least, for any piece of it."""
+
+
+def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
+    """Score units and commit their parts, whatever some rows do; in any order, each once.
+
+    Raises:
+        ScoringError: Scoring processes die or never start, and no row is to blame.
+    """
+    left = {unit.unit_id: unit for unit in units}
+    tried: Counter[str] = Counter()
+    while offered := [unit for unit in left.values() if tried[unit.unit_id] < _PASSES]:
+        try:
+            for done in stages.score_pass(offered, scoring):
+                del left[done.unit_id]
+                yield done
+            tried.update(unit.unit_id for unit in offered)
+        except RayError as err:
+            # Broken off: nobody knows which units were tried. As long as each pass finishes some,
+            # there is an end to it.
+            if all(unit.unit_id in left for unit in offered):
+                raise ScoringError(
+                    f"scoring: no unit of {len(offered)} could be finished; their processes die. "
+                    f"The last cause: {_first_line(err)}. Look at the logs of the scoring actors; "
+                    "most often the model does not fit the memory. What is scored is kept."
+                ) from err
+        if left:
+            log.warning("%d units were lost with their process and are tried again", len(left))
+    if left:
+        log.warning("%d units were lost twice: looking for the rows that do it", len(left))
+        yield from _isolate(list(left.values()), scoring)
+
+
+def _isolate(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
+    pool = ThreadPoolExecutor(min(len(units), scoring.workers.actors))
+    try:
+        for job in as_completed([pool.submit(_isolate_unit, unit, scoring) for unit in units]):
+            yield job.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _isolate_unit(unit: Unit, scoring: Scoring) -> UnitDone:
+    """Score a unit in a process of its own; if that is lost too, in pieces."""
+    try:
+        with _Cell(scoring, unit) as cell:
+            try:
+                # Whole: the same packs as in a pass, so the same bytes. Three machines may have
+                # been taken away, and no row be to blame.
+                pieces = [cell.score(unit)]
+                part = pieces[0].part
+            except _LostError:
+                pieces = list(_score_pieces(cell, unit))
+                metadata = {"cherry.unit": unit.to_json(), "cherry.isolated": "true"}
+                part = pa.concat_tables([p.part.replace_schema_metadata(None) for p in pieces])
+                part = part.unify_dictionaries().combine_chunks().replace_schema_metadata(metadata)
+        return publish_part(
+            unit,
+            part,
+            scoring.scores_url,
+            scoring.rescore,
+            num_tokens=sum(p.num_tokens for p in pieces),
+            rows_reused=sum(p.rows_reused for p in pieces),
+            started=min(p.started for p in pieces),
+        )
+    except CherryError as err:
+        return failed(unit, str(err), type(err).__name__)
+
+
+def _score_pieces(cell: "_Cell", unit: Unit) -> Iterator["_Scored"]:
+    """A unit in pieces, and the rows of pieces that are lost one by one."""
+    step = math.isqrt(unit.num_rows - 1) + 1
+    for start in range(unit.start, unit.stop, step):
+        piece = replace(unit, start=start, stop=min(start + step, unit.stop))
+        try:
+            yield cell.score(piece)
+        except _LostError:
+            for index in range(piece.start, piece.stop):
+                yield _score_alone(cell, replace(unit, start=index, stop=index + 1))
+
+
+def _score_alone(cell: "_Cell", row: Unit) -> "_Scored":
+    """A row alone; one that dies is tried again, since its machine may have been taken away."""
+    reason = ""
+    for _ in range(_ATTEMPTS_ALONE):
+        try:
+            return cell.score(row)
+        except _LostError as err:
+            reason = str(err)
+            if err.raised:
+                break
+    log.warning("shard %s, row %d: error: %s", row.shard_url, row.start, reason)
+    error = {"row_index": row.start, "status": "error", "reason": reason}
+    error |= {"num_response_tokens": 0, "num_direct_tokens": 0}
+    return _Scored(pa.Table.from_pylist([error], schema=PART), 0, 0, time.time())
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A scored piece of a unit."""
+
+    part: pa.Table
+    num_tokens: int
+    rows_reused: int
+    started: float
+
+
+class _LostError(Exception):
+    """A piece that got no score; says why."""
+
+    def __init__(self, reason: str, *, raised: bool = False) -> None:
+        """`raised`: by an exception, which would come again, and not with its process."""
+        super().__init__(reason)
+        self.raised = raised
+
+
+class _Cell:
+    """A scoring process that may die: made when it is needed, and again after it died."""
+
+    def __init__(self, scoring: Scoring, unit: Unit) -> None:
+        self._scoring = scoring
+        self._unit = unit
+        self._actor: Any = None
+
+    def __enter__(self) -> "_Cell":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._give_up()
+
+    def score(self, piece: Unit) -> _Scored:
+        """Score a piece of the unit; raises _LostError if that cannot be done in time."""
+        actor = self._actor or self._make()
+        share = max(piece.num_rows / self._unit.num_rows, _SHARE_OF_A_PIECE)
+        timeout_s = self._scoring.timeout_s * share
+        try:
+            table, *counts = ray.get(actor.score.remote(piece.to_json()), timeout=timeout_s)
+            return _Scored(from_ipc(pa.py_buffer(table)), *counts)
+        except GetTimeoutError:
+            self._give_up()
+            raise _LostError(f"TimeoutError: not scored within {timeout_s:g} s") from None
+        except RayTaskError as err:
+            if isinstance(err.cause, CherryError):
+                raise err.cause from None
+            raise _LostError(f"{type(err.cause).__name__}", raised=True) from None
+        except RayError:
+            self._give_up()
+            raise _LostError("ProcessDied: the row takes its process with it") from None
+
+    def _make(self) -> Any:
+        workers = self._scoring.workers
+        options = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus}
+        make: Any = _CellActor  # Ray types a decorated class as the class
+        actor = make.options(**options, max_restarts=0, max_task_retries=0).remote(self._scoring)
+        try:
+            ray.get(actor.ready.remote(), timeout=LOAD_TIMEOUT_S)
+        except RayTaskError as err:
+            raise (err.cause if isinstance(err.cause, CherryError) else err) from None
+        except (RayError, GetTimeoutError) as err:
+            ray.kill(actor)
+            raise ScoringError(
+                f"scoring: no process could be started for unit {self._unit.unit_id} of "
+                f"{self._unit.shard_url}: {_first_line(err)}. What is scored is kept; run again."
+            ) from err
+        self._actor = actor
+        return actor
+
+    def _give_up(self) -> None:
+        if self._actor is not None:
+            ray.kill(self._actor)
+        self._actor = None
+
+
+@ray.remote
+class _CellActor:
+    def __init__(self, scoring: Scoring) -> None:
+        self._scoring = scoring
+        self._scorer = UnitScorer(scoring)
+
+    def ready(self) -> None:
+        """Load the model, which has its own timeout."""
+        self._scorer.load()
+
+    def score(self, piece_json: str) -> tuple[bytes, int, int, float]:
+        tokens, reused = prepare(Unit.from_json(piece_json), self._scoring)
+        part, num_tokens, started = self._scorer.score(piece_json, tokens, reused)
+        return to_ipc(part), num_tokens, len(reused), started
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).strip().partition("\n")[0]

@@ -1,0 +1,67 @@
+"""What a score depends on, and what scoring needs besides."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline import storage
+from pipeline.cluster import Workers
+from pipeline.config import TemplateName
+from pipeline.models import ModelRef
+from pipeline.rendering import RENDERING_VERSION
+from pipeline.reuse import KnownRows
+from pipeline.units import Unit, fingerprint
+
+SCORING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """Resolved settings of scoring: no `auto` and no null is left where a score depends on it."""
+
+    model: ModelRef
+    template: TemplateName
+    pair_tokens: bool
+    max_length: int
+    dtype: Literal["bfloat16", "float16", "float32"]
+    max_batch_tokens: int | Literal["auto"]
+    """`auto` is resolved on the actor's device; packs agree within rounding, so it is no part of
+    the fingerprint."""
+
+    def fingerprint(self, template_text: str, tokenizer_fp: str) -> str:
+        """`score_fp`: everything that can change a score."""
+        return fingerprint(
+            {
+                "model": self.model.fingerprint,
+                "tokenizer": tokenizer_fp,
+                "template": template_text,
+                "pair_tokens": self.pair_tokens,
+                "max_length": self.max_length,
+                "dtype": self.dtype,
+                "rendering_version": RENDERING_VERSION,
+                "scoring_version": SCORING_VERSION,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How units are scored in one run: known to every process of it, and no part of a result."""
+
+    settings: ScoringSettings
+    scores_url: str
+    workers: Workers
+    timeout_s: float
+    """Of one unit in one stage."""
+    known: KnownRows | None = None
+    """Rows that have a score already."""
+    rescore: bool = False
+    """Units have parts: their rows with status error are scored again, and the parts replaced."""
+
+    @property
+    def device(self) -> str:
+        """Of the models: `cuda` or `cpu`."""
+        return "cuda" if self.workers.num_gpus else "cpu"
+
+    def part_url(self, unit: Unit) -> str:
+        """Where the unit's part is, or will be."""
+        return storage.join(self.scores_url, f"{unit.unit_id}.parquet")

@@ -1,0 +1,152 @@
+"""Tokenising: read a unit's rows, look up known scores, render and tokenise the rest."""
+
+import faulthandler
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import models, reuse, storage
+from pipeline.errors import InputError, ShardError
+from pipeline.rendering import Renderer
+from pipeline.samples import Sample, read_samples, sample_id
+from pipeline.schemas import BAD_LINE, PART, TOKENS, hand_on
+from pipeline.settings import Scoring, ScoringSettings
+from pipeline.units import Unit
+
+
+def tokenise_unit(batch: pa.Table, scoring: Scoring) -> pa.Table:
+    """The first stage: one row of unit JSON in, TOKENS and PART bytes out."""
+    text = batch["unit"][0].as_py()
+    unit = Unit.from_json(text)
+    try:
+        with deadline(scoring.timeout_s):
+            tokens, reused = prepare(unit, scoring)
+    except (InputError, pa.ArrowException, OSError) as err:
+        return hand_on(text, failure=ShardError(f"shard {unit.shard_url}: {err}"))
+    return hand_on(text, tokens, reused)
+
+
+def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
+    """Read a unit's rows and find out which of them must be scored.
+
+    Returns:
+        tokens: Rows to score, in the TOKENS schema.
+        reused: Rows that have a score already, in the PART schema.
+
+    Raises:
+        InputError: The shard cannot be read, or changed since its footer was.
+    """
+    samples = list(read_samples(read_rows(unit), unit.columns))
+    todo = np.ones(len(samples), bool)
+    reused = PART.empty_table()
+    if scoring.rescore:
+        part = _own_part(unit, scoring)
+        todo = pc.equal(part["status"], "error").to_numpy()
+        reused = part.filter(pa.array(~todo))
+    elif scoring.known:
+        ids = [None if s.malformed else sample_id(s.messages) for s in samples]
+        positions, known = reuse.find(scoring.known, ids)
+        todo[positions] = False
+        reused = _as_part(positions + unit.start, known)
+    positions = np.flatnonzero(todo)
+    chosen = [samples[i] for i in positions]
+    return _tokenise(positions + unit.start, chosen, scoring.settings), reused
+
+
+def read_rows(unit: Unit, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a unit, streaming through the row groups that hold them.
+
+    Args:
+        unit: Which rows.
+        columns: Columns to read, where the shard has them; None is the layout's own.
+    """
+    with storage.open_parquet(unit.read_url) as parquet:
+        wanted = columns or [*unit.columns.names.values(), BAD_LINE]
+        names = [n for n in parquet.schema_arrow.names if n in wanted]
+        pieces: list[pa.Table] = []
+        offset = 0
+        for group in range(parquet.num_row_groups):
+            num_rows = parquet.metadata.row_group(group).num_rows
+            if offset < unit.stop and offset + num_rows > unit.start:
+                for batch in parquet.iter_batches(row_groups=[group], columns=names):
+                    first, last = max(unit.start - offset, 0), unit.stop - offset
+                    if last > 0 and first < len(batch):
+                        pieces.append(pa.table(batch.slice(first, last - first)))
+                    offset += len(batch)
+            else:
+                offset += num_rows
+        table = pa.concat_tables(pieces)
+    if len(table) != unit.num_rows:
+        raise InputError(
+            f"{unit.read_url}: got {len(table)} rows, expected {unit.num_rows}: it changed "
+            "while it was read. Run again."
+        )
+    return table
+
+
+@functools.cache
+def renderer(settings: ScoringSettings) -> Renderer:
+    """One per worker process: loading a tokenizer takes longer than tokenising a unit."""
+    tokenizer = models.load_tokenizer(settings.model)
+    return Renderer(tokenizer, settings.template, settings.max_length, settings.pair_tokens)
+
+
+def _tokenise(
+    row_indices: npt.NDArray[np.int64], samples: Sequence[Sample], settings: ScoringSettings
+) -> pa.Table:
+    rendered = renderer(settings)(samples)
+    ids = [
+        None if r.status == "malformed" else sample_id(s.messages)
+        for r, s in zip(rendered, samples, strict=True)
+    ]
+    columns = [
+        row_indices,
+        ids,
+        [r.status for r in rendered],
+        [r.reason for r in rendered],
+        [r.input_ids for r in rendered],
+        [r.num_prompt_tokens for r in rendered],
+        [r.truncated for r in rendered],
+        [[tuple(asdict(t).values()) for t in r.turns] for r in rendered],
+    ]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, TOKENS, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=TOKENS)
+
+
+def _own_part(unit: Unit, scoring: Scoring) -> pa.Table:
+    """The rows of a unit, or of a piece of one, from its part."""
+    with storage.open_parquet(scoring.part_url(unit)) as parquet:
+        part = parquet.read().replace_schema_metadata(None).cast(PART)
+    return part.slice(unit.start - part["row_index"][0].as_py(), unit.num_rows)
+
+
+def _as_part(row_indices: npt.NDArray[np.int64], known: pa.Table) -> pa.Table:
+    """Rows of the KNOWN schema as rows of a part."""
+    columns = {
+        **{name: known[name] for name in known.schema.names},
+        "row_index": pa.array(row_indices, pa.int64()),
+        "status": pa.array(["ok"] * len(known), pa.string()),
+        "reason": pa.nulls(len(known), pa.string()),
+    }
+    rows = pa.table([columns[name] for name in PART.names], names=PART.names)
+    return rows.sort_by("row_index").cast(PART)  # they were found bucket by bucket
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """End this process if the block takes longer, wherever it hangs.
+
+    The watchdog is a thread of C that needs no interpreter lock: it also ends a regular expression
+    or a kernel that holds it. Where it hung is in the worker's log.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

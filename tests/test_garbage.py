@@ -1,0 +1,141 @@
+"""`cherry gc`: what no input names goes, when asked, and nothing that might still serve."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROWS, S3, write_parquet
+from typer.testing import CliRunner, Result
+
+from pipeline import garbage, run, uploads
+from pipeline.cli import app
+from pipeline.garbage import Garbage
+
+pytestmark = pytest.mark.ray
+ConfigFor = Callable[..., Any]
+DAY_S = 24 * 3600
+
+
+@pytest.fixture
+def config(ray_local: None, config_for: ConfigFor, corpus: Path) -> Any:
+    """Three shards, scored; the middle one was then replaced by a longer one and scored too."""
+    config = config_for(corpus, score={"unit_rows": 100})
+    run.score(config)
+    write_parquet(corpus / "shard-1.parquet", ROWS[15:31])
+    run.score(config)
+    return config
+
+
+def gc(config: Any, *options: str) -> Result:
+    path = Path(config.output).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return CliRunner().invoke(app, ["gc", str(path), *options])
+
+
+def found(config: Any, *options: str) -> dict[str, Any]:
+    result = gc(config, "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    return dict(json.loads(result.stdout))
+
+
+def parts(config: Any) -> set[Path]:
+    return set(Path(config.output).glob("scores/*/*.parquet"))
+
+
+def age(config: Any) -> None:
+    """Two days pass."""
+    then = time.time() - 2 * DAY_S
+    for path in Path(config.output).rglob("*"):
+        os.utime(path, (then, then))
+
+
+def test_a_stale_part_is_listed_and_goes_when_asked(config: Any) -> None:
+    age(config)
+    before = parts(config)
+    listed = found(config)
+    assert (len(listed["parts"]), listed["parts_total"], listed["deleted"]) == (1, 4, False)
+    assert parts(config) == before
+    assert found(config, "--delete")["deleted"] is True
+    assert before - parts(config) == {Path(listed["parts"][0])}
+    again = run.score(config).summary
+    assert (again.units_scored, again.rows) == (0, len(ROWS) + 1)
+
+
+def test_what_is_younger_than_a_day_is_spared(config: Any) -> None:
+    listed = found(config, "--delete")
+    assert (listed["parts"], listed["spared_parts"]) == ([], 1)
+    assert len(parts(config)) == 4
+
+
+def test_over_half_of_the_parts_needs_force(config: Any, corpus: Path) -> None:
+    (corpus / "shard-0.parquet").unlink()
+    (corpus / "shard-1.parquet").unlink()
+    age(config)
+    refused = gc(config, "--delete")
+    assert refused.exit_code == 2
+    assert "3 of 4 parts would go, more than half" in refused.stderr
+    assert len(parts(config)) == 4
+    assert found(config, "--delete", "--force")["deleted"] is True
+    assert len(parts(config)) == 1
+
+
+def test_parts_that_units_still_to_score_may_draw_on_need_force(config: Any, corpus: Path) -> None:
+    write_parquet(corpus / "shard-2.parquet", ROWS[30:] + ROWS[:1])
+    age(config)
+    refused = gc(config, "--delete")
+    assert refused.exit_code == 2
+    assert "1 units of the input have no part yet" in refused.stderr
+    assert len(parts(config)) == 4
+
+
+def test_an_empty_input_is_refused(config: Any, corpus: Path) -> None:
+    for path in corpus.iterdir():
+        path.unlink()
+    age(config)
+    assert gc(config, "--delete", "--force").exit_code == 2
+    assert len(parts(config)) == 4
+
+
+def test_other_settings_are_left_alone_unless_all(config: Any, config_for: ConfigFor) -> None:
+    other = config.model_copy(update={"score": config.score.model_copy(update={"max_length": 64})})
+    run.score(other)
+    age(config)
+    assert len(found(config)["parts"]) == 1
+    assert len(found(config, "--all")["parts"]) == 4
+
+
+def test_temporary_files_of_killed_writers_go(config: Any) -> None:
+    left = Path(config.output, "scores", f".{'0' * 32}.tmp")
+    left.write_bytes(b"half a part")
+    age(config)
+    fresh = left.with_name(f".{'1' * 32}.tmp")
+    fresh.write_bytes(b"being written")
+    assert found(config, "--delete")["uploads"] == [str(left)]
+    assert (left.exists(), fresh.exists()) == (False, True)
+
+
+def test_people_see_how_much_and_what(config: Any) -> None:
+    age(config)
+    text = gc(config).stdout
+    assert "1 of 4 parts" in text
+    assert "could go; delete with --delete" in text
+    assert found(config)["parts"][0] in text
+
+
+@pytest.mark.s3
+def test_dangling_multipart_uploads_go(s3_server: S3) -> None:
+    output = s3_server.url("garbage")
+    fs = s3_server.filesystem()
+    fs.call_s3("create_multipart_upload", Bucket=s3_server.bucket, Key="garbage/scores/x.parquet")
+    fs.call_s3("create_multipart_upload", Bucket=s3_server.bucket, Key="elsewhere/x.parquet")
+    assert uploads.dangling_uploads(output, DAY_S) == []
+    left = uploads.dangling_uploads(output, -60)
+    assert [upload.url for upload in left] == [f"{output}/scores/x.parquet"]
+    garbage.delete(Garbage(parts=[], uploads=left, num_parts=0, num_spared=0, num_pending=0))
+    assert uploads.dangling_uploads(output, -60) == []
+    assert len(uploads.dangling_uploads(s3_server.url("elsewhere"), -60)) == 1

@@ -1,0 +1,148 @@
+"""Rows that raise, kill, hang or exhaust memory cost themselves only; dead models end the run."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import REPOSITORY, ROWS, read_parts, write_parquet
+from poison import job_config
+
+from pipeline import run
+from pipeline.samples import Message, sample_id
+
+pytestmark = pytest.mark.ray
+ConfigFor = Callable[..., Any]
+
+DEADLY = {  # row: what it does
+    3: "exit",
+    4: "raise",
+    17: "hang",
+    20: "memory",
+    31: "tokenise-exit",
+    38: "kill",
+}
+REASONS = {
+    "exit": "ProcessDied: the row takes its process with it",
+    "kill": "ProcessDied: the row takes its process with it",
+    "tokenise-exit": "ProcessDied: the row takes its process with it",
+    "raise": "PoisonError",
+    "memory": "MemoryError",
+    "hang": "TimeoutError: not scored within 1 s",
+}
+
+
+def id_of(row: dict[str, Any]) -> str:
+    roles = [("user", "instruction"), ("input", "input"), ("assistant", "output")]
+    return sample_id(tuple(Message(r, row[c]) for r, c in roles if row[c])).hex()  # type: ignore[arg-type]
+
+
+def cherry(
+    config: Any, *arguments: str, poison: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """A run in its own process on its own cluster, with poison in the rows."""
+    path = Path(config.output).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": "local",
+        "RAY_JOB_CONFIG_JSON_ENV_VAR": job_config(),
+        "CHERRY_POISON": json.dumps(poison),
+        "PYTHONPATH": f"{REPOSITORY / 'tests'}:{REPOSITORY}",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", arguments[0], str(path), *arguments[1:], "--json"],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=540,
+    )  # fmt: skip
+
+
+def statuses(scores_path: str) -> list[tuple[str, str | None]]:
+    parts = read_parts(scores_path)
+    return list(zip(parts["status"].to_pylist(), parts["reason"].to_pylist(), strict=True))
+
+
+def scores(scores_path: str) -> list[tuple[Any, ...]]:
+    names = ["num_response_tokens", "nll_conditioned", "nll_direct", "ifd_loss_ratio"]
+    return [tuple(row.values()) for row in read_parts(scores_path).select(names).to_pylist()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_deadly_rows_end_as_errors_and_all_others_are_scored(
+    ray_local: None, config_for: ConfigFor, tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "corpus" / "all.parquet", ROWS)
+    config = config_for(
+        tmp_path / "corpus",
+        score={"unit_rows": 10, "unit_timeout_s": 10, "max_error_fraction": 0.2},
+        cluster={"actors": 1},
+    )
+    poison = {id_of(ROWS[index]): kind for index, kind in DEADLY.items()}
+    done = cherry(config, "run", poison=poison)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["rows_by_status"] == {"error": len(DEADLY), "ok": len(ROWS) - len(DEADLY)}
+    found = statuses(summary["scores_path"])
+    for index, (status, reason) in enumerate(found):
+        expected = ("error", REASONS[DEADLY[index]]) if index in DEADLY else ("ok", None)
+        assert (index, status, reason) == (index, *expected)
+    assert done.stderr.count("units were lost") >= 2
+
+    # Nothing is tried again unless asked: a part that exists is a unit that is done.
+    again = json.loads(cherry(config, "run", poison={}).stdout)
+    assert again["units_scored"] == 0
+    # Without the cause the same rows get their scores, and only they are paid for.
+    retried = json.loads(cherry(config, "run", "--retry-errors", poison={}).stdout)
+    assert retried["rows_by_status"] == {"ok": len(ROWS)}
+    assert retried["rows_reused"] == len(ROWS) - len(DEADLY)
+    assert retried["manifest"] != summary["manifest"]
+    clean = run.run(config.model_copy(update={"output": str(tmp_path / "clean")})).summary
+    assert retried["tokens_scored"] < clean.tokens_scored / 3
+    for row, expected_row in zip(
+        scores(retried["scores_path"]), scores(clean.scores_path), strict=True
+    ):
+        assert row == pytest.approx(expected_row, rel=1e-5)
+
+
+def test_a_model_that_dies_while_it_loads_ends_the_run(config_for: ConfigFor, corpus: Path) -> None:
+    done = cherry(config_for(corpus), "score", poison={"load": "exit"})
+    assert done.returncode == 1
+    assert "no process could be started" in done.stderr
+    assert not list(Path(config_for(corpus).output).glob("scores/*/*.parquet"))
+
+
+def test_an_isolated_unit_has_the_schema_of_any_part(
+    ray_local: None, config_for: ConfigFor, corpus: Path
+) -> None:
+    from pipeline import cluster, recovery
+    from pipeline.job import check, plan
+    from pipeline.settings import Scoring
+
+    config = config_for(corpus, score={"unit_rows": 15})
+    job = plan(check(config, selecting=False))
+    scoring = Scoring(
+        job.settings, job.plan.scores_url, cluster.plan_workers(config.cluster), timeout_s=300
+    )
+    done = list(recovery._isolate(list(job.plan.units), scoring))
+    assert sum(unit.rows for unit in done) == len(ROWS)
+    isolated = read_parts(job.plan.scores_url)
+    for path in Path(job.plan.scores_url).glob("*.parquet"):
+        assert pq.read_schema(path).remove_metadata().equals(plain_part_schema())
+    whole = run.score(config.model_copy(update={"output": config.output + "-whole"})).summary
+    for name in ("row_index", "sample_id", "status", "num_response_tokens"):
+        assert isolated[name].to_pylist() == read_parts(whole.scores_path)[name].to_pylist()
+    for row, expected in zip(scores(job.plan.scores_url), scores(whole.scores_path), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def plain_part_schema() -> pa.Schema:
+    from pipeline.schemas import PART
+
+    return PART
