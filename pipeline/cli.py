@@ -41,8 +41,6 @@ _Overrides = Annotated[
 _AsJson = Annotated[
     bool, typer.Option("--json", help="Print the summary as one JSON object, on the last line.")
 ]
-
-
 _RetryErrors = Annotated[
     bool,
     typer.Option(
@@ -174,7 +172,8 @@ def _say(err: Console, message: str) -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return report.without_secrets(super().format(record))
+        # Whatever a library logs may quote a row: without what a terminal would obey.
+        return report.without_secrets(report.visible(super().format(record)))
 
 
 def _quiet_libraries() -> None:
@@ -184,7 +183,8 @@ def _quiet_libraries() -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("cherry").setLevel(logging.INFO)
     logging.getLogger("ray").setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault(
         "RAY_BACKEND_LOG_LEVEL", "fatal"

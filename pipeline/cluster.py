@@ -33,6 +33,13 @@ class Workers:
 
 _SPARE_WORKERS = 3
 
+# Logical CPUs of a task. Ray fuses neighbouring stages that ask for the same: tokenising would then
+# run inside the scoring actor. No actor's share of its node is ever one of these numbers. A core
+# holds one of each: a part that waits to be committed is lost with its node, and every further
+# process that tokenises would import transformers for four seconds.
+TOKENISE_CPUS = 0.94
+COMMIT_CPUS = 0.05
+
 
 @contextmanager
 def connected() -> Iterator[None]:
@@ -96,6 +103,15 @@ def plan_workers(config: ClusterConfig) -> Workers:
             )
         return Workers(actors, num_gpus, 0, threads)
     actors = len(nodes) if config.actors == "auto" else config.actors
-    # Actors share what their node can spare, so that those asked for always fit beside the tasks.
+    # Actors share what their node can spare, so that those asked for always fit beside the tasks,
+    # and one more does not: the actor of a node that died would take the core of the tasks, on
+    # which it waits.
     per_node = math.ceil(actors / len(nodes))
-    return Workers(actors, 0, max(0, cores - 1) / per_node, threads)
+    if len(nodes) > 1 and per_node > max(1, cores - 1):
+        raise ConfigError(
+            f"cluster.actors {actors}: {per_node} on each of {len(nodes)} nodes, expected at most "
+            f"{max(1, cores - 1)} on {cores} cores: reading and tokenising need one. Ask for fewer "
+            "actors."
+        )
+    share = (cores - TOKENISE_CPUS - COMMIT_CPUS) / per_node
+    return Workers(actors, 0, math.floor(share * 1e4) / 1e4, threads)  # Ray's finest share

@@ -277,6 +277,8 @@ def _describe(fault: dict[str, Any]) -> str:
     reason = str(fault["msg"]).removeprefix("Value error, ")
     got = fault["input"]
     shown = "" if isinstance(got, (dict, BaseModel)) else f" got {got!r};"
+    if _CREDENTIALS.search(shown) or _SIGNED.search(shown):
+        shown = " got a URL with credentials;"
     if fault["type"] == "literal_error" and isinstance(got, str):
         choices = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
         near = difflib.get_close_matches(got, choices, n=1, cutoff=0.4)

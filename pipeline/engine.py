@@ -129,6 +129,7 @@ class Engine:
             else max_batch_tokens
         )  # fmt: skip
         self._vocab_size = int(config.vocab_size)
+        self._num_embeddings = int(model.get_input_embeddings().num_embeddings)
         self._projection = Projection(model)
         self.mode: Literal["packed", "padded"] = "packed"
         if fault := self._probe(config, max_length):
@@ -145,7 +146,9 @@ class Engine:
         """Sum the loss over each span of each sequence.
 
         A pack that raises is halved and tried again; a sequence that raises alone comes back with
-        the exception's class as its error. Results do not depend on the order of `sequences`.
+        the exception's class as its error, and so does one with a token that the model lacks, which
+        on a GPU would break the device for all that follow. Results do not depend on the order of
+        `sequences`.
 
         Args:
             sequences: Any number, any lengths.
@@ -155,6 +158,7 @@ class Engine:
 
         Raises:
             ValueError: A span is empty, contains position 0 or reaches past its sequence.
+            torch.AcceleratorError: The device is broken until the process ends.
         """
         for sequence in sequences:
             if any(not 0 < s < e <= len(sequence.input_ids) for s, e in sequence.spans):
@@ -163,9 +167,14 @@ class Engine:
         budget = self.max_batch_tokens
         if self.mode == "padded":  # whole float32 logits of at most 1 GiB
             budget = max(1, min(budget, 2**30 // (4 * self._vocab_size)))
-        packs = plan_packs([len(s.input_ids) for s in sequences], budget)
-        for pack in packs:
-            self._score_pack(sequences, pack, results)
+        known = []
+        for index, sequence in enumerate(sequences):
+            if np.max(sequence.input_ids, initial=0) < self._num_embeddings:
+                known.append(index)
+            else:
+                results[index] = SequenceLoss(error="UnknownToken")
+        for pack in plan_packs([len(sequences[i].input_ids) for i in known], budget):
+            self._score_pack(sequences, [known[i] for i in pack], results)
         return [result for result in results if result is not None]
 
     def _score_pack(
@@ -178,6 +187,8 @@ class Engine:
         failure = None
         try:
             losses = self._losses(chosen)
+        except torch.AcceleratorError:
+            raise
         except (RuntimeError, IndexError, ValueError, MemoryError) as err:
             # OutOfMemoryError is a RuntimeError; the rest is one bad sequence spoiling its pack.
             failure = type(err).__name__

@@ -8,6 +8,7 @@
     ├── ModelError             exit 2   the model or its tokenizer cannot be used
     ├── ShardError             exit 1   a shard turned out to be unreadable while running
     ├── ScoringError           exit 1   scoring cannot go on: its processes die, whatever the rows
+    ├── LostUnitError          exit 1   a unit raised in a stage; recovery.py looks for the row
     ├── StorageError           exit 1   an object could not be written or read back
     └── AccountingError        exit 1   the parts do not add up to the input
 
@@ -52,6 +53,10 @@ class ShardError(CherryError):
 
 class ScoringError(CherryError):
     """Scoring processes die or never start, and no row is to blame."""
+
+
+class LostUnitError(CherryError):
+    """A stage raised what nobody foresaw; its unit is tried again, in the end row by row."""
 
 
 class StorageError(CherryError):

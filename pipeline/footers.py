@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.ingest import INGEST_VERSION
 from pipeline.storage import ObjectInfo
 
 _SCHEMA = pa.schema(
@@ -26,6 +27,9 @@ _SCHEMA = pa.schema(
         ("column_bytes", pa.map_(pa.string(), pa.int64())),
     ]
 )
+
+
+_VERSION_KEY = b"cherry.ingest_version"
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,16 @@ def load(output: str) -> Known:
     """What earlier runs have read; empty where there is nothing."""
     try:
         data = storage.read_bytes(_url(output))
-        rows = pq.read_table(pa.BufferReader(data), schema=_SCHEMA).to_pylist()
+        table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
+        said = pq.read_schema(pa.BufferReader(data)).metadata or {}
     except (InputError, pa.ArrowException, OSError):
         return {}  # none yet, or another version's
+    if said.get(_VERSION_KEY) != str(INGEST_VERSION).encode():
+        return {}  # pieces of JSON are to be made anew
+    rows = table.to_pylist()
+    pieces = {row["read_url"] for row in rows if row["read_url"] != row["url"]}
+    if pieces and not pieces <= _pieces_there(output):
+        rows = [row for row in rows if row["read_url"] == row["url"]]  # somebody cleaned up
     schemas: dict[bytes, pa.Schema] = {}
     known: Known = {}
     for row in rows:
@@ -105,8 +116,14 @@ def save(output: str, known: Known) -> None:
         for footer in footers
     ]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
+    schema = _SCHEMA.with_metadata({_VERSION_KEY: str(INGEST_VERSION)})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
     storage.replace(_url(output), sink.getvalue().to_pybytes())
+
+
+def _pieces_there(output: str) -> set[str]:
+    folder = storage.join(storage.absolute(output), "ingest")
+    return {entry.url for entry in storage.list_objects(folder)}
 
 
 def _url(output: str) -> str:

@@ -32,6 +32,8 @@ class Garbage:
     """Parts that no unit names, younger than a day."""
     num_pending: int
     """Units of the current input that have no part yet."""
+    skipped: tuple[str, ...]
+    """Why shards of the current input could not be read: what their units are is not known."""
 
     @property
     def num_bytes(self) -> int:
@@ -61,8 +63,9 @@ def find(job: Job, *, all_scores: bool = False) -> Garbage:
     scores = storage.join(output, "scores") if all_scores else job.plan.scores_url
     listed = storage.list_objects(scores) if storage.exists(scores) else []
     parts = [entry for entry in listed if entry.url.endswith(".parquet")]
-    named = {job.plan.part_url(unit) for unit in job.plan.units}
-    strays = [part for part in parts if part.url not in named]
+    # By their last two names: s3a:// and s3:// are one bucket.
+    named = {_name_of(job.plan.part_url(unit)) for unit in job.plan.units}
+    strays = [part for part in parts if _name_of(part.url) not in named]
     before = time.time() - KEEP_S
     old = [part for part in strays if part.modified < before]
     return Garbage(
@@ -70,8 +73,13 @@ def find(job: Job, *, all_scores: bool = False) -> Garbage:
         uploads=dangling_uploads(output, KEEP_S),
         num_parts=len(parts),
         num_spared=len(strays) - len(old),
-        num_pending=len(named - {part.url for part in parts}),
+        num_pending=len(named - {_name_of(part.url) for part in parts}),
+        skipped=job.corpus.skipped,
     )
+
+
+def _name_of(part_url: str) -> str:
+    return "/".join(part_url.split("/")[-2:])
 
 
 def delete(garbage: Garbage, *, force: bool = False) -> None:
@@ -88,6 +96,12 @@ def delete(garbage: Garbage, *, force: bool = False) -> None:
 
 
 def _refuse_mistakes(garbage: Garbage) -> None:
+    if garbage.parts and garbage.skipped:
+        raise InputError(
+            f"gc: {len(garbage.skipped)} shards cannot be read, and their parts may be among the "
+            f"{len(garbage.parts)} that would go. The first: {garbage.skipped[0]} Mend them first, "
+            "or give --force."
+        )
     if garbage.parts and garbage.num_pending:
         raise InputError(
             f"gc: {garbage.num_pending} units of the input have no part yet, and may take scores "

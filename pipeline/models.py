@@ -36,6 +36,7 @@ log = logging.getLogger("cherry")
 CONVERSION_VERSION = 1
 _HASHES = "cherry_hashes.json"
 _DESCRIPTION_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class ModelRef:
     path: str
     kind: Literal["directory", "gguf", "url", "hub"]
     fingerprint: str
-    """Of the weights and the architecture: a content hash, a commit, or the URL's ETags."""
+    """Of the weights and the architecture: a content hash, a commit, or the ETags of all files that
+    are fetched from a URL, so that no two nodes have different ones."""
     cache_dir: str
 
     def describe(self) -> str:
@@ -94,15 +96,24 @@ def local_directory(ref: ModelRef, *, weights: bool = True) -> str:
         weights: False brings only config and tokenizer, where they come apart.
     """
     if ref.kind == "directory":
+        if weights and (digest := _directory_sha256(ref.path, ref.cache_dir)) != _digest(ref):
+            raise ModelError(
+                f"model.path {ref.path}: got sha256:{digest} on this node, expected "
+                f"{ref.fingerprint}. Put the same files there on every node, or use a URL."
+            )
         return ref.path
     if ref.kind == "hub":
         return _hub_snapshot(ref, weights)
-    digest = ref.fingerprint.partition(":")[2]
+    digest = _digest(ref)
     if ref.kind == "gguf":
         name = f"gguf{CONVERSION_VERSION}-{digest[:32]}"
         return _once(ref.cache_dir, name, lambda into: _convert_gguf(ref, into))
     name = f"url-{digest[:32]}" + ("" if weights else "-description")
-    return _once(ref.cache_dir, name, lambda into: _download(ref.path, into, weights))
+    return _once(ref.cache_dir, name, lambda into: _download(ref, into, weights))
+
+
+def _digest(ref: ModelRef) -> str:
+    return ref.fingerprint.partition(":")[2]
 
 
 def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
@@ -199,10 +210,11 @@ def _directory_sha256(path: str, cache_dir: str) -> str:
 
 
 def _file_sha256(path: str, cache_dir: str) -> str:
-    """Content hash, remembered by path, size and modification time: hashing 14 GB takes a while."""
+    """Content hash, remembered by path, size, inode and times: hashing 14 GB takes a while."""
     path = os.path.realpath(path)
     stat = os.stat(path)
-    key = hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
+    seen = f"{path}:{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+    key = hashlib.sha256(seen.encode()).hexdigest()
     memo = Path(cache_dir, "hashes", key)
     if memo.is_file() and len(known := memo.read_text()) == 64:
         return known
@@ -226,7 +238,7 @@ def _url_fingerprint(url: str) -> str:
     listing = [
         f"{name}:{entry.size}:{entry.version}"
         for name, entry in zip(names, entries, strict=True)
-        if name == "config.json" or name.endswith(".safetensors")
+        if name.endswith(_FETCHED)
     ]
     return "etags:" + hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
@@ -319,13 +331,12 @@ def _convert_gguf(ref: ModelRef, into: str) -> None:
     tokenizer.save_pretrained(into)
 
 
-def _download(url: str, into: str, weights: bool) -> None:
-    fs, _ = storage.filesystem(url)
-    for entry in storage.list_objects(url):
+def _download(ref: ModelRef, into: str, weights: bool) -> None:
+    _check_unchanged(ref)
+    fs, _ = storage.filesystem(ref.path)
+    for entry in storage.list_objects(ref.path):
         name = entry.url.rpartition("/")[2]
-        if name.endswith((".safetensors",)) and not weights:
-            continue
-        if not name.endswith((".safetensors", ".json", ".txt", ".model", ".jinja")):
+        if not name.endswith(_FETCHED) or (name.endswith(".safetensors") and not weights):
             continue
         target = os.path.join(into, name)
         with storage.reading(entry.url):
@@ -335,3 +346,12 @@ def _download(url: str, into: str, weights: bool) -> None:
                 f"model.path {entry.url}: got {os.path.getsize(target):,} bytes, "
                 f"expected {entry.size:,}."
             )
+    _check_unchanged(ref)  # while it was fetched
+
+
+def _check_unchanged(ref: ModelRef) -> None:
+    if _url_fingerprint(ref.path) != ref.fingerprint:
+        raise ModelError(
+            f"model.path {ref.path}: its files changed since this run began. Run again, and put a "
+            "new model beside one that is in use, not over it."
+        )

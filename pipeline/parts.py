@@ -70,7 +70,7 @@ def publish_part(
 ) -> UnitDone:
     """Publish a unit's part, whole and only if absent; a rescored one replaces its own."""
     publish = storage.replace if rescored else storage.publish
-    publish(storage.join(scores_url, f"{unit.unit_id}.parquet"), to_parquet(part))
+    publish(unit.part_url(scores_url), to_parquet(part))
     over_one = sum(1 for ratio in part["ifd_loss_ratio"].to_pylist() if ratio and ratio >= 1)
     return UnitDone(
         unit_id=unit.unit_id,

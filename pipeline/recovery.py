@@ -7,16 +7,18 @@
     isolation   a unit lost twice, in    first whole; then in pieces of about the square root of
                 a process of its own     its rows; a piece that is lost, row by row
 
-A row alone that raises, or that takes two processes with it, is `error` with a reason; every other
+A row alone that is lost in two processes, dead or raising, is `error` with a reason; every other
 row is scored. A deadly row costs six processes, however many rows its unit has; one that hangs,
 three times the unit's timeout, and a tenth of it for the piece and for each try alone.
 """
 
 import logging
 import math
+import re
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +28,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pipeline import scoring as stages
-from pipeline.errors import CherryError, ScoringError
+from pipeline.errors import CherryError, LostUnitError, ScoringError
 from pipeline.parts import UnitDone, failed, publish_part
 from pipeline.schemas import PART, from_ipc, to_ipc
 from pipeline.scoring import LOAD_TIMEOUT_S, UnitScorer
@@ -38,6 +40,7 @@ log = logging.getLogger("cherry")
 
 _PASSES = 2
 _ATTEMPTS_ALONE = 2
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SHARE_OF_A_PIECE = 0.1
 """Of the unit's timeout, at least, for any piece of it."""
 
@@ -53,8 +56,9 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
     while offered := [unit for unit in left.values() if tried[unit.unit_id] < _PASSES]:
         try:
             for done in stages.score_pass(offered, scoring):
-                del left[done.unit_id]
-                yield done
+                if done.failure_kind != LostUnitError.__name__:
+                    del left[done.unit_id]
+                    yield done
             tried.update(unit.unit_id for unit in offered)
         except RayError as err:
             # Broken off: nobody knows which units were tried. As long as each pass finishes some,
@@ -62,7 +66,7 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
             if all(unit.unit_id in left for unit in offered):
                 raise ScoringError(
                     f"scoring: no unit of {len(offered)} could be finished; their processes die. "
-                    f"The last cause: {_first_line(err)}. Look at the logs of the scoring actors; "
+                    f"The last cause: {_cause(err)}. Look at the logs of the scoring actors; "
                     "most often the model does not fit the memory. What is scored is kept."
                 ) from err
         if left:
@@ -73,18 +77,21 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
 
 
 def _isolate(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
+    ward = _Ward()
     pool = ThreadPoolExecutor(min(len(units), scoring.workers.actors))
     try:
-        for job in as_completed([pool.submit(_isolate_unit, unit, scoring) for unit in units]):
+        jobs = [pool.submit(_isolate_unit, unit, scoring, ward) for unit in units]
+        for job in as_completed(jobs):
             yield job.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        ward.close()  # or the threads would go on, and start a Ray of their own after this one
+        pool.shutdown(cancel_futures=True)
 
 
-def _isolate_unit(unit: Unit, scoring: Scoring) -> UnitDone:
+def _isolate_unit(unit: Unit, scoring: Scoring, ward: "_Ward") -> UnitDone:
     """Score a unit in a process of its own; if that is lost too, in pieces."""
     try:
-        with _Cell(scoring, unit) as cell:
+        with _Cell(scoring, unit, ward) as cell:
             try:
                 # Whole: the same packs as in a pass, so the same bytes. Three machines may have
                 # been taken away, and no row be to blame.
@@ -92,7 +99,11 @@ def _isolate_unit(unit: Unit, scoring: Scoring) -> UnitDone:
                 part = pieces[0].part
             except _LostError:
                 pieces = list(_score_pieces(cell, unit))
-                metadata = {"cherry.unit": unit.to_json(), "cherry.isolated": "true"}
+                metadata = {
+                    **next((p.part.schema.metadata for p in pieces if p.num_tokens), {}),
+                    "cherry.unit": unit.to_json(),
+                    "cherry.isolated": "true",
+                }
                 part = pa.concat_tables([p.part.replace_schema_metadata(None) for p in pieces])
                 part = part.unify_dictionaries().combine_chunks().replace_schema_metadata(metadata)
         return publish_part(
@@ -128,8 +139,6 @@ def _score_alone(cell: "_Cell", row: Unit) -> "_Scored":
             return cell.score(row)
         except _LostError as err:
             reason = str(err)
-            if err.raised:
-                break
     log.warning("shard %s, row %d: error: %s", row.shard_url, row.start, reason)
     error = {"row_index": row.start, "status": "error", "reason": reason}
     error |= {"num_response_tokens": 0, "num_direct_tokens": 0}
@@ -149,18 +158,47 @@ class _Scored:
 class _LostError(Exception):
     """A piece that got no score; says why."""
 
-    def __init__(self, reason: str, *, raised: bool = False) -> None:
-        """`raised`: by an exception, which would come again, and not with its process."""
-        super().__init__(reason)
-        self.raised = raised
+
+class _Ward:
+    """All cells of a run: closed, it ends their processes, and there will be no more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._actors: set[Any] = set()
+        self._closed = False
+
+    def admit(self, make: Callable[[], Any]) -> Any:
+        """Make an actor."""
+        with self._lock:
+            if self._closed:
+                raise ScoringError("scoring: the run has ended")
+            actor = make()
+            self._actors.add(actor)
+            return actor
+
+    def discharge(self, actor: Any) -> None:
+        """End an actor."""
+        with self._lock:
+            if actor in self._actors:
+                self._actors.remove(actor)
+                ray.kill(actor)
+
+    def close(self) -> None:
+        """End all actors; whoever waits for one gets an error."""
+        with self._lock:
+            self._closed = True
+            for actor in self._actors:
+                ray.kill(actor)
+            self._actors.clear()
 
 
 class _Cell:
     """A scoring process that may die: made when it is needed, and again after it died."""
 
-    def __init__(self, scoring: Scoring, unit: Unit) -> None:
+    def __init__(self, scoring: Scoring, unit: Unit, ward: _Ward) -> None:
         self._scoring = scoring
         self._unit = unit
+        self._ward = ward
         self._actor: Any = None
 
     def __enter__(self) -> "_Cell":
@@ -183,7 +221,12 @@ class _Cell:
         except RayTaskError as err:
             if isinstance(err.cause, CherryError):
                 raise err.cause from None
-            raise _LostError(f"{type(err.cause).__name__}", raised=True) from None
+            # The process may be broken for good, as by an assertion of a GPU's kernel: whether it
+            # was the row, another process tells.
+            self._give_up()
+            if isinstance(err.cause, RayError):  # known scores that were lost with their node
+                raise ScoringError(f"scoring: {_cause(err)}. Run again.") from err
+            raise _LostError(f"{type(err.cause).__name__}") from None
         except RayError:
             self._give_up()
             raise _LostError("ProcessDied: the row takes its process with it") from None
@@ -192,23 +235,24 @@ class _Cell:
         workers = self._scoring.workers
         options = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus}
         make: Any = _CellActor  # Ray types a decorated class as the class
-        actor = make.options(**options, max_restarts=0, max_task_retries=0).remote(self._scoring)
+        make = make.options(**options, max_restarts=0, max_task_retries=0)
+        actor = self._ward.admit(lambda: make.remote(self._scoring))
         try:
             ray.get(actor.ready.remote(), timeout=LOAD_TIMEOUT_S)
         except RayTaskError as err:
             raise (err.cause if isinstance(err.cause, CherryError) else err) from None
         except (RayError, GetTimeoutError) as err:
-            ray.kill(actor)
+            self._ward.discharge(actor)
             raise ScoringError(
                 f"scoring: no process could be started for unit {self._unit.unit_id} of "
-                f"{self._unit.shard_url}: {_first_line(err)}. What is scored is kept; run again."
+                f"{self._unit.shard_url}: {_cause(err)}. What is scored is kept; run again."
             ) from err
         self._actor = actor
         return actor
 
     def _give_up(self) -> None:
         if self._actor is not None:
-            ray.kill(self._actor)
+            self._ward.discharge(self._actor)
         self._actor = None
 
 
@@ -228,5 +272,8 @@ class _CellActor:
         return to_ipc(part), num_tokens, len(reused), started
 
 
-def _first_line(err: Exception) -> str:
-    return str(err).strip().partition("\n")[0]
+def _cause(err: Exception) -> str:
+    """`RuntimeError: what it said`, without the traceback and the colours that Ray adds."""
+    cause = getattr(err, "cause", None) or err
+    last = [line for line in str(cause).splitlines() if line.strip()][-1:]
+    return f"{type(cause).__name__}: {re.sub(_COLOURS, '', ''.join(last)).strip()}"

@@ -111,8 +111,11 @@ class Renderer:
     def template_text(self) -> str:
         """Everything of the template that can change a score, for the fingerprint."""
         if self.template == "chat":
-            return str(self.tokenizer.chat_template)
-        return repr(TEXT_TEMPLATES[self.template])
+            # Templates print special tokens by name.
+            tokens = sorted((k, str(v)) for k, v in self.tokenizer.special_tokens_map.items())
+            return f"{self.tokenizer.chat_template}{tokens}"
+        template = TEXT_TEMPLATES[self.template]
+        return repr(template) + (str(self.tokenizer.eos_token) if template.next_turn else "")
 
     def __call__(self, samples: Sequence[Sample]) -> list[RenderedSample]:
         """Render, tokenise and find the scored spans; one result per sample, in order."""

@@ -22,7 +22,7 @@ from pipeline.tokenising import read_rows
 from pipeline.units import Plan
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)TOKEN$|ACCESS_KEY|ACCOUNT_KEY|CONNECTION_STRING")
+_SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)(TOKEN|KEY)$|CONNECTION_STRING")
 _LEAST_SECRET = 8
 """Characters; a shorter value is part of ordinary words."""
 
@@ -66,9 +66,10 @@ class ScoringProgress:
         """Take note of a finished unit."""
         self._done += 1
         self._tokens += unit.tokens
-        self._started = min(self._started or unit.started, unit.started)
+        if unit.tokens:  # one that is reused whole waits for no model
+            self._started = min(self._started or unit.started, unit.started)
         elapsed = unit.committed - self._started
-        speed = f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed > 0 else ""
+        speed = f"{self._tokens / elapsed:,.0f} tokens/s" if self._tokens and elapsed > 0 else ""
         if self._task is not None:
             self._bar.start()
             self._bar.update(self._task, total=total, completed=self._done, speed=speed)

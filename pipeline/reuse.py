@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import ray
 
 from pipeline import storage
+from pipeline.cluster import TOKENISE_CPUS
 from pipeline.errors import InputError
 from pipeline.schemas import KNOWN, ids_of
 
@@ -72,9 +73,10 @@ def find(known: KnownRows, ids: Sequence[bytes | None]) -> tuple[npt.NDArray[np.
     bucket_of = _bucket_of(wanted)
     positions: list[npt.NDArray[np.int64]] = []
     rows: list[pa.Table] = []
-    for number, table in enumerate(ray.get(list(known.buckets))):
+    for number, bucket in enumerate(known.buckets):  # one at a time is held here
         asked = np.flatnonzero(bucket_of == number)
-        if len(asked) and len(table):
+        table = ray.get(bucket) if len(asked) else KNOWN.empty_table()
+        if len(table):
             have = ids_of(table["sample_id"])
             at = np.minimum(np.searchsorted(have, wanted[asked]), len(have) - 1)
             found = (have[at] == wanted[asked]) & (wanted[asked] != _NO_ID)
@@ -90,7 +92,8 @@ def _bucket_of(ids: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint8]:
     return (first_byte >> 4).astype(np.uint8)
 
 
-@ray.remote
+# Not a whole core: rows that were lost with a node are made again while actors hold all but one.
+@ray.remote(num_cpus=TOKENISE_CPUS)
 def _scan(urls: list[str]) -> Any:
     tables = [KNOWN.empty_table()]
     for url in urls:
@@ -107,7 +110,7 @@ def _scan(urls: list[str]) -> Any:
     return tuple(rows.filter(pa.array(bucket_of == number)) for number in range(_NUM_BUCKETS))
 
 
-@ray.remote
+@ray.remote(num_cpus=TOKENISE_CPUS)
 def _merge(*tables: pa.Table) -> pa.Table:
     rows = pa.concat_tables(tables)
     _, first = np.unique(ids_of(rows["sample_id"]), return_index=True)

@@ -196,8 +196,9 @@ def _summarise(
     scored = [unit for unit in done if not unit.failure]
     scored_ids = {unit.unit_id for unit in scored}
     reused = [unit for unit in finished.units if unit.unit_id not in scored_ids]
-    seconds_scoring = max((u.committed for u in scored), default=0.0) - min(
-        (u.started for u in scored), default=0.0
+    with_model = [unit for unit in scored if unit.tokens]
+    seconds_scoring = max((u.committed for u in with_model), default=0.0) - min(
+        (u.started for u in with_model), default=0.0
     )
     tokens = sum(unit.tokens for unit in scored)
     _warn_over_one(scored)

@@ -14,9 +14,13 @@ Whatever else goes wrong costs a unit its turn: recovery.py tries it again.
 
 import functools
 import gc
+import os
+import queue
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -26,8 +30,9 @@ from ray.data import ActorPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import models
+from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
 from pipeline.engine import Engine, keep_freed_memory
-from pipeline.errors import CherryError
+from pipeline.errors import CherryError, LostUnitError, ScoringError
 from pipeline.metric import score_table
 from pipeline.parts import UnitDone, commit_unit
 from pipeline.schemas import from_ipc, hand_on
@@ -35,30 +40,25 @@ from pipeline.settings import Scoring
 from pipeline.tokenising import deadline, renderer, tokenise_unit
 from pipeline.units import Unit
 
-# Logical CPUs of a task. Ray fuses neighbouring stages that ask for the same: tokenising would then
-# run inside the scoring actor. No actor's share of its node is ever one of these numbers. A core
-# holds one of each: a part that waits to be committed is lost with its node, and every further
-# process that tokenises would import transformers for four seconds.
-_TOKENISE_CPUS = 0.94
-_COMMIT_CPUS = 0.05
-
 LOAD_TIMEOUT_S = 3600.0
 """Of fetching and loading a model: 140 GB take minutes at 1 GB/s."""
 
+_NUM_STAGES = 3
 _MOST_LOST = 64
-"""Units, besides a quarter of them, that a pass may lose: about what is in flight on nodes that a
-spot market takes back at once."""
+"""Units, besides a quarter of them, that a pass may lose with their processes: about what is in
+flight on nodes that a spot market takes back at once."""
 
 
 def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
     """Send units through the stages once; yields each as it is done, in any order.
 
-    A unit whose process dies or hangs, or that raises, does not come back, and neither do units
-    that wait for the same process. Nothing is tried twice here: by default Ray would give a unit
-    that kills every process it meets the next one for ever.
+    A unit whose process dies or hangs does not come back, and neither do units that wait for the
+    same process; one that raises comes back as LostUnitError. Nothing is tried twice here: by
+    default Ray would give a unit that kills every process it meets the next one for ever.
 
     Raises:
         RayError: So many units are lost that the run is broken, and not some rows: the last cause.
+        ScoringError: No unit was finished for as long as every stage together may take.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -78,7 +78,7 @@ def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .map_batches(
                 tokenise,
-                num_cpus=_TOKENISE_CPUS,
+                num_cpus=TOKENISE_CPUS,
                 fn_kwargs={"scoring": scoring},
                 max_retries=0,
                 **options,
@@ -96,20 +96,59 @@ def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
             )
             .map_batches(
                 commit,
-                num_cpus=_COMMIT_CPUS,
+                num_cpus=COMMIT_CPUS,
                 fn_kwargs={"scores_url": scoring.scores_url, "rescored": scoring.rescore},
                 max_retries=0,
                 **options,
             )
         )
     try:
-        for row in stages.iter_rows():
+        for row in _within(stages.iter_rows(), LOAD_TIMEOUT_S + _NUM_STAGES * scoring.timeout_s):
             yield UnitDone(**{**row, "rows_by_status": dict(row["rows_by_status"])})
     finally:
         # The pass and its actors refer to each other in circles: until Python finds those, the
         # actors keep their GPUs and cores, and the next pass waited four minutes for them.
         del stages
         gc.collect()
+
+
+def _within(rows: Iterable[Any], seconds: float) -> Iterator[Any]:
+    """The rows of a pass; an error if none comes for so long, where Ray would wait for ever."""
+    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    end = object()
+    left = threading.Event()
+
+    def pull() -> None:
+        try:
+            for row in rows:
+                if left.is_set():
+                    return
+                arrived.put(row)
+            arrived.put(end)
+        except BaseException as err:  # noqa: BLE001  # raised where the rows are awaited
+            arrived.put(err)
+
+    puller = threading.Thread(target=pull, daemon=True, name="cherry-pass")
+    puller.start()
+    try:
+        while True:
+            try:
+                row = arrived.get(timeout=seconds)
+            except queue.Empty:
+                raise ScoringError(
+                    f"scoring: no unit was finished for {seconds:,.0f} s. Either no node is left "
+                    "that can read, tokenise or score, or score.unit_timeout_s is too long to "
+                    "tell. Look at ray status; what is scored is kept, run again."
+                ) from None
+            if row is end or isinstance(row, BaseException):
+                puller.join()  # or it would still hold the pass, and with it the actors
+            if row is end:
+                return
+            if isinstance(row, BaseException):
+                raise row
+            yield row
+    finally:
+        left.set()
 
 
 class UnitScorer:
@@ -135,6 +174,12 @@ class UnitScorer:
             part, num_tokens, started = self.score(text, tokens, reused)
         except CherryError as err:
             return hand_on(text, failure=err)
+        except torch.AcceleratorError:
+            # The device refuses everything from now on: the next unit gets a process that works.
+            traceback.print_exc()
+            os._exit(1)
+        except Exception as err:  # noqa: BLE001  # whatever it is, recovery finds the row
+            return hand_on(text, failure=LostUnitError(type(err).__name__))
         return hand_on(
             text,
             part=part,

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline import storage
 from pipeline.cluster import Workers
 from pipeline.config import TemplateName
 from pipeline.models import ModelRef
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.reuse import KnownRows
-from pipeline.units import Unit, fingerprint
+from pipeline.units import fingerprint
 
 SCORING_VERSION = 1
 
@@ -61,7 +60,3 @@ class Scoring:
     def device(self) -> str:
         """Of the models: `cuda` or `cpu`."""
         return "cuda" if self.workers.num_gpus else "cpu"
-
-    def part_url(self, unit: Unit) -> str:
-        """Where the unit's part is, or will be."""
-        return storage.join(self.scores_url, f"{unit.unit_id}.parquet")

@@ -311,7 +311,7 @@ def _info(fs: Any, path: str) -> dict[str, Any] | None:
 
 
 def _version(info: dict[str, Any]) -> str:
-    tag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("blob_id")
     if tag:
         return str(tag).strip('"')
     moment = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
@@ -320,6 +320,8 @@ def _version(info: dict[str, Any]) -> str:
 
 def _modified(info: dict[str, Any]) -> float:
     moment = info.get("mtime") or info.get("LastModified") or info.get("updated")
+    if isinstance(moment, str):  # Google's, in RFC 3339
+        moment = datetime.fromisoformat(moment)
     return moment.timestamp() if isinstance(moment, datetime) else float(moment or math.inf)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import models, reuse, storage
-from pipeline.errors import InputError, ShardError
+from pipeline.errors import CherryError, InputError, LostUnitError, ShardError
 from pipeline.rendering import Renderer
 from pipeline.samples import Sample, read_samples, sample_id
 from pipeline.schemas import BAD_LINE, PART, TOKENS, hand_on
@@ -27,8 +27,10 @@ def tokenise_unit(batch: pa.Table, scoring: Scoring) -> pa.Table:
     try:
         with deadline(scoring.timeout_s):
             tokens, reused = prepare(unit, scoring)
-    except (InputError, pa.ArrowException, OSError) as err:
-        return hand_on(text, failure=ShardError(f"shard {unit.shard_url}: {err}"))
+    except CherryError as err:
+        return hand_on(text, failure=err)
+    except Exception as err:  # noqa: BLE001  # whatever it is, recovery finds the row
+        return hand_on(text, failure=LostUnitError(type(err).__name__))
     return hand_on(text, tokens, reused)
 
 
@@ -40,9 +42,12 @@ def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
         reused: Rows that have a score already, in the PART schema.
 
     Raises:
-        InputError: The shard cannot be read, or changed since its footer was.
+        ShardError: The shard cannot be read, or changed since its footer was.
     """
-    samples = list(read_samples(read_rows(unit), unit.columns))
+    try:
+        samples = list(read_samples(read_rows(unit), unit.columns))
+    except (InputError, pa.ArrowException, OSError) as err:
+        raise ShardError(f"shard {unit.shard_url}: {err}") from err
     todo = np.ones(len(samples), bool)
     reused = PART.empty_table()
     if scoring.rescore:
@@ -121,7 +126,7 @@ def _tokenise(
 
 def _own_part(unit: Unit, scoring: Scoring) -> pa.Table:
     """The rows of a unit, or of a piece of one, from its part."""
-    with storage.open_parquet(scoring.part_url(unit)) as parquet:
+    with storage.open_parquet(unit.part_url(scoring.scores_url)) as parquet:
         part = parquet.read().replace_schema_metadata(None).cast(PART)
     return part.slice(unit.start - part["row_index"][0].as_py(), unit.num_rows)
 

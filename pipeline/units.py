@@ -44,6 +44,10 @@ class Unit:
         """Rows of the unit."""
         return self.stop - self.start
 
+    def part_url(self, scores_url: str) -> str:
+        """Where its part is, or will be."""
+        return storage.join(scores_url, f"{self.unit_id}.parquet")
+
     def to_json(self) -> str:
         """As it travels to the stages and into a part's metadata."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -71,7 +75,7 @@ class Plan:
 
     def part_url(self, unit: Unit) -> str:
         """Where the unit's part is, or will be."""
-        return storage.join(self.scores_url, f"{unit.unit_id}.parquet")
+        return unit.part_url(self.scores_url)
 
     def parts(self) -> set[str]:
         """Unit ids of the parts that are there, this plan's and older ones': one listing."""

@@ -3,36 +3,15 @@
 import functools
 import json
 import os
-import sys
 import time
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import Any
 
-_MODULE = "pipeline.scoring"
+from on_import import OnImport
 
 
 def install() -> None:
-    """Trace the scorer as soon as a worker imports it; workers that never do stay light.
-
-    Importing it here would load torch, four seconds of a core, in every worker there is.
-    """
-    sys.meta_path.insert(0, _OnImport())
-
-
-class _OnImport(MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == _MODULE else None
-        if spec and spec.loader:
-            execute = spec.loader.exec_module
-
-            def execute_and_trace(module: ModuleType) -> None:
-                execute(module)
-                _trace(module.UnitScorer)
-
-            spec.loader.exec_module = execute_and_trace  # type: ignore[method-assign]
-        return spec
+    """Trace the scorer as soon as a worker imports it."""
+    OnImport({"pipeline.scoring": lambda scoring: _trace(scoring.UnitScorer)})
 
 
 def _trace(scorer: Any) -> None:

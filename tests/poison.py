@@ -1,8 +1,8 @@
 """A hook in every Ray worker that makes chosen rows deadly, as a broken kernel or tokenizer would.
 
 ``CHERRY_POISON`` maps sample ids (hex) to what happens when the row is scored or, for kinds that
-begin with ``tokenise-``, rendered: raise, exit, kill, hang, memory. ``load`` as a key makes every
-model deadly to load.
+begin with ``tokenise-``, rendered: raise, sticky, exit, kill, hang, memory. ``load`` as a key makes
+every model deadly to load.
 """
 
 import json
@@ -11,6 +11,8 @@ import resource
 import signal
 import threading
 from typing import Any
+
+from on_import import OnImport
 
 POISON = json.loads(os.environ.get("CHERRY_POISON", "{}"))
 
@@ -26,20 +28,34 @@ def job_config(hook: str = "poison.install") -> str:
 
 def install() -> None:
     """Wrap what scores and what renders; Ray calls this in each new worker process."""
-    from pipeline import models, scoring, tokenising
-    from pipeline.samples import sample_id
+    OnImport(
+        {
+            "pipeline.models": _poison_load,
+            "pipeline.tokenising": _poison_renderer,
+            "pipeline.scoring": _poison_score_table,
+        }
+    )
 
-    score_table, renderer, load = scoring.score_table, tokenising.renderer, models.load
 
-    def poisoned_score_table(tokens: Any, *rest: Any) -> Any:
-        for row_id in tokens["sample_id"].to_pylist():
-            take_effect(POISON.get(row_id.hex() if row_id else None, ""))
-        return score_table(tokens, *rest)
+def _poison_load(models: Any) -> None:
+    load = models.load
 
-    def poisoned_renderer(settings: Any) -> Any:
+    def poisoned(*args: Any) -> Any:
+        take_effect(POISON.get("load", ""))
+        return load(*args)
+
+    models.load = poisoned
+
+
+def _poison_renderer(tokenising: Any) -> None:
+    renderer = tokenising.renderer
+
+    def poisoned(settings: Any) -> Any:
         inner = renderer(settings)
 
         def render(samples: Any) -> Any:
+            from pipeline.samples import sample_id
+
             for sample in samples:
                 kind = POISON.get(sample_id(sample.messages).hex(), "")
                 if kind.startswith("tokenise-"):
@@ -49,18 +65,28 @@ def install() -> None:
         render.prefix_ids = inner.prefix_ids  # type: ignore[attr-defined]
         return render
 
-    def poisoned_load(*args: Any) -> Any:
-        take_effect(POISON.get("load", ""))
-        return load(*args)
+    tokenising.renderer = poisoned
 
-    scoring.score_table = poisoned_score_table
-    tokenising.renderer = scoring.renderer = poisoned_renderer
-    models.load = poisoned_load
+
+def _poison_score_table(scoring: Any) -> None:
+    score_table = scoring.score_table
+
+    def poisoned(tokens: Any, *rest: Any) -> Any:
+        for row_id in tokens["sample_id"].to_pylist():
+            take_effect(POISON.get(row_id.hex() if row_id else None, ""))
+        return score_table(tokens, *rest)
+
+    scoring.score_table = poisoned
+
+
+broken = threading.Event()
 
 
 def take_effect(kind: str) -> None:
     """Do what a kind of poison does to the process it is in."""
-    if kind == "raise":
+    if kind == "sticky":  # as an assertion in a GPU's kernel: nothing works any more
+        broken.set()
+    if kind == "raise" or broken.is_set():
         raise PoisonError("it does not like this row")
     if kind == "exit":
         os._exit(3)

@@ -1,6 +1,7 @@
 """The command line: exit codes, messages, and what goes to which stream."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from click.testing import Result
 from conftest import REPOSITORY, ROWS, S3, read_parts, write_parquet
 from typer.testing import CliRunner
 
-from pipeline import __version__, cluster, report
+from pipeline import __version__, cli, cluster, report
 from pipeline.cli import app
 
 SUMMARY_KEYS = {
@@ -426,3 +427,11 @@ def test_version() -> None:
 @pytest.mark.parametrize("arguments", [[], ["run"], ["runn", "x"], ["run", "x", "--nope"]])
 def test_a_wrong_command_line_exits_2(arguments: list[str]) -> None:
     assert cherry(*arguments).exit_code == 2
+
+
+def test_what_a_library_logs_is_text_and_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a-key-of-a-store")
+    quoted = "row \x1b[31mred\x1b[0m under a-key-of-a-store"
+    record = logging.LogRecord("ray.data", logging.ERROR, "", 0, quoted, None, None)
+    said = cli._Formatter("%(message)s").format(record)
+    assert said == "row \ufffd[31mred\ufffd[0m under $AZURE_STORAGE_KEY"

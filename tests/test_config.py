@@ -323,3 +323,9 @@ def test_a_config_written_as_yaml_reads_back_as_itself(
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     path.write_text(yaml.safe_dump(parsed.model_dump(mode="json")), encoding="utf-8")
     assert config.load(str(path)) == parsed
+
+
+def test_a_url_with_credentials_is_never_quoted() -> None:
+    said = refusal(input={"path": ["s3://AKIA:topsecret@b/x", 5]})
+    assert "topsecret" not in said
+    assert "a URL with credentials" in said

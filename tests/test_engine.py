@@ -248,3 +248,23 @@ def test_varlen_attention_on_cuda_agrees_with_float32(family: str) -> None:
     assert engine.mode == "packed"
     for loss, nll in zip(engine.score(sequences), expected, strict=True):
         assert loss.nll_nats == pytest.approx(nll, rel=0.05)
+
+
+def test_a_token_that_the_model_lacks_spoils_its_own_sequence_only() -> None:
+    engine = Engine(tiny_model("Llama"))
+    good, bad = sequences_of([9, 9])
+    bad.input_ids[4] = 640
+    alone, both = engine.score([good]), engine.score([bad, good, bad])
+    assert [loss.error for loss in both] == ["UnknownToken", None, "UnknownToken"]
+    assert both[1] == alone[0]
+
+
+def test_a_broken_device_is_no_fault_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_model("Llama"))
+
+    def broken(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered", 710)
+
+    monkeypatch.setattr(engine, "_losses", broken)
+    with pytest.raises(torch.AcceleratorError):
+        engine.score(sequences_of([9, 9]))

@@ -26,8 +26,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, S3
 from fault_proxy import FaultProxy
-from faults import Job, Reference, Trial, draw_kills, make_rows, play, read_starts, row_keys
-from faults_cluster import machines
+from faults import Job, Reference, Strike, Trial, draw_kills, make_rows, play, read_starts, row_keys
+from faults_cluster import machines, wait_until
 
 LONG = "CHERRY_FAULT_RUNS" in os.environ
 RUNS = int(os.environ.get("CHERRY_FAULT_RUNS", 2))
@@ -141,6 +141,28 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
             with open(LOG, "a") as log:
                 log.write(trial.to_json() + "\n")
         say(trial.describe())
+    assert trial.failures == []
+
+
+def test_a_node_that_is_lost_for_good_costs_only_its_units(job: Job, reference: Reference) -> None:
+    """Nobody replaces it: its actor must not take the last core of the node that is left."""
+    trial = Trial(-1, SEED)
+    name = "lost-for-good"
+    job.machines.restore()
+    job.machines.await_rest()
+    driver = job.driver(name, 0)
+    try:
+        wait_until(lambda: driver.ended or len(job.parts(name)) >= 3, "three parts are there", 300)
+        committed = job.parts(name)
+        victim = job.machines.kill_node(0.0)
+        trial.strikes.append(Strike("node", 0.0, victim, time.time(), committed))
+        ends = driver.ends_within(300 + 4 * reference.seconds)
+        assert ends, f"the run does not end: {driver.last_words()}"
+        summary = {**driver.summary(), "found": frozenset()}
+    finally:
+        driver.kill()
+        job.machines.restore()
+    check(name, summary, trial, job, reference)
     assert trial.failures == []
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from pipeline import garbage, run, uploads
 from pipeline.cli import app
 from pipeline.garbage import Garbage
+from pipeline.job import check, plan
 
 pytestmark = pytest.mark.ray
 ConfigFor = Callable[..., Any]
@@ -136,6 +138,26 @@ def test_dangling_multipart_uploads_go(s3_server: S3) -> None:
     assert uploads.dangling_uploads(output, DAY_S) == []
     left = uploads.dangling_uploads(output, -60)
     assert [upload.url for upload in left] == [f"{output}/scores/x.parquet"]
-    garbage.delete(Garbage(parts=[], uploads=left, num_parts=0, num_spared=0, num_pending=0))
+    nothing = {"parts": [], "num_parts": 0, "num_spared": 0, "num_pending": 0, "skipped": ()}
+    garbage.delete(Garbage(uploads=left, **nothing))
     assert uploads.dangling_uploads(output, -60) == []
     assert len(uploads.dangling_uploads(s3_server.url("elsewhere"), -60)) == 1
+
+
+def test_a_shard_that_cannot_be_read_keeps_its_parts(config: Any, corpus: Path) -> None:
+    shard = corpus / "shard-1.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])  # it is being uploaded
+    age(config)
+    before = parts(config)
+    refused = gc(config, "--delete", "--set", "input.on_bad_shard=skip")
+    assert refused.exit_code == 2
+    assert "1 shards cannot be read" in refused.stderr
+    assert parts(config) == before
+
+
+def test_parts_are_known_by_any_spelling_of_their_url(config: Any) -> None:
+    job = plan(check(config, selecting=False))
+    assert len(garbage.find(job).parts) == 0  # all are young
+    age(config)
+    spelled = replace(job.plan, scores_url=f"file://{job.plan.scores_url}")
+    assert len(garbage.find(replace(job, plan=spelled)).parts) == 1

@@ -14,7 +14,7 @@ from conftest import S3, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import ingest, inputs
+from pipeline import footers, ingest, inputs
 from pipeline.config import InputConfig
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
@@ -518,3 +518,26 @@ def test_scalars_that_differ_over_pieces_are_text_in_the_output(
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
     assert output_schema(open_at(tmp_path / "in")).field("id").type == pa.string()
+
+
+def test_another_version_of_the_ingest_makes_the_pieces_anew(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in" / "a.jsonl", jsonl(A, B))
+    first = open_at(source)
+    inputs.remember_footers(first, str(tmp_path / "out"))
+    assert not open_at(source).footers  # nothing is new
+    for module in (ingest, footers):
+        monkeypatch.setattr(module, "INGEST_VERSION", 99)
+    again = open_at(source)
+    assert again.shards[0].read_url != first.shards[0].read_url
+
+
+def test_pieces_that_somebody_removed_are_made_again(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    source = write(tmp_path / "in" / "a.jsonl", jsonl(A, B))
+    corpus = open_at(source)
+    inputs.remember_footers(corpus, str(tmp_path / "out"))
+    Path(corpus.shards[0].read_url).unlink()
+    assert rows_of(open_at(source)) == [A, B]

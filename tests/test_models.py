@@ -169,3 +169,39 @@ def test_gguf_converts_to_the_same_tokens_and_finite_weights(smollm2: Path) -> N
     model = models.load(ref, torch.float32, torch.device("cpu"))
     assert model.config.max_position_embeddings == 8192
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_file_whose_content_changed_under_its_old_time_is_another(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    before = resolve(copy, tmp_path).fingerprint
+    config = copy / "config.json"
+    times = (config.stat().st_atime_ns, config.stat().st_mtime_ns)
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    os.utime(config, ns=times)  # as cp -p and rsync leave it
+    assert resolve(copy, tmp_path).fingerprint != before
+
+
+def test_a_directory_that_differs_on_this_node_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    ref = resolve(copy, tmp_path)
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    with pytest.raises(ModelError, match="on this node"):
+        models.load(ref, torch.float32, torch.device("cpu"))
+
+
+def test_a_model_at_a_url_is_identified_by_all_that_is_fetched(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    url = f"file://{copy}"
+    before = models.resolve(ModelConfig(path=url, cache_dir=str(tmp_path / "cache")))
+    tokenizer = copy / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text().replace("</s>", "<s>"))
+    after = models.resolve(ModelConfig(path=url, cache_dir=str(tmp_path / "cache")))
+    assert after.fingerprint != before.fingerprint
+    with pytest.raises(ModelError, match="changed since this run began"):
+        models.local_directory(before)  # what is there now is not what was resolved
+    assert models.load_tokenizer(after).eos_token == "<s>"

@@ -4,19 +4,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from conftest import REPOSITORY, ROWS, read_parts, write_parquet
-from poison import job_config
+from poison import PoisonError, job_config
+from ray.exceptions import RayError
 
-from pipeline import run
-from pipeline.samples import Message, sample_id
+from pipeline import recovery, run, scoring
+from pipeline.errors import ScoringError
+from pipeline.parts import commit_unit
+from pipeline.samples import Columns, Message, sample_id
+from pipeline.schemas import PART, TOKENS, hand_on
+from pipeline.scoring import UnitScorer
+from pipeline.units import Unit
 
 pytestmark = pytest.mark.ray
 ConfigFor = Callable[..., Any]
@@ -24,6 +32,7 @@ ConfigFor = Callable[..., Any]
 DEADLY = {  # row: what it does
     3: "exit",
     4: "raise",
+    12: "sticky",
     17: "hang",
     20: "memory",
     31: "tokenise-exit",
@@ -34,6 +43,7 @@ REASONS = {
     "kill": "ProcessDied: the row takes its process with it",
     "tokenise-exit": "ProcessDied: the row takes its process with it",
     "raise": "PoisonError",
+    "sticky": "PoisonError",
     "memory": "MemoryError",
     "hang": "TimeoutError: not scored within 1 s",
 }
@@ -115,13 +125,14 @@ def test_a_model_that_dies_while_it_loads_ends_the_run(config_for: ConfigFor, co
     done = cherry(config_for(corpus), "score", poison={"load": "exit"})
     assert done.returncode == 1
     assert "no process could be started" in done.stderr
+    assert "Started a local Ray" not in done.stderr  # by a thread that outlived the run
     assert not list(Path(config_for(corpus).output).glob("scores/*/*.parquet"))
 
 
 def test_an_isolated_unit_has_the_schema_of_any_part(
     ray_local: None, config_for: ConfigFor, corpus: Path
 ) -> None:
-    from pipeline import cluster, recovery
+    from pipeline import cluster
     from pipeline.job import check, plan
     from pipeline.settings import Scoring
 
@@ -146,3 +157,57 @@ def plain_part_schema() -> pa.Schema:
     from pipeline.schemas import PART
 
     return PART
+
+
+def test_a_unit_that_raises_is_lost_and_costs_no_process() -> None:
+    """However many raise: only processes that die count against what a pass may lose."""
+
+    class Raises(UnitScorer):
+        def score(self, *_: Any) -> Any:
+            raise PoisonError("it does not like this row")
+
+    unit = Unit("u", "shard", "shard", Columns("alpaca", {}), 0, 1, "fp", "fp").to_json()
+    scorer = object.__new__(Raises)
+    out = scorer(hand_on(unit, TOKENS.empty_table(), PART.empty_table()))
+    assert out["failure_kind"].to_pylist() == ["LostUnitError"]
+    assert out["failure"].to_pylist() == ["PoisonError"]
+    done = commit_unit(out, "nowhere", False)
+    assert done["failure_kind"].to_pylist() == ["LostUnitError"]
+
+
+def test_a_pass_without_progress_ends() -> None:
+    def rows() -> Iterator[int]:
+        yield 1
+        threading.Event().wait()
+
+    within = scoring._within(rows(), seconds=0.2)
+    assert next(within) == 1
+    with pytest.raises(ScoringError, match="no unit was finished for 0 s"):
+        next(within)
+
+
+def test_what_a_pass_raises_is_raised_where_its_rows_are_awaited() -> None:
+    def rows() -> Iterator[int]:
+        yield 1
+        raise KeyError("gone")
+
+    within = scoring._within(rows(), seconds=60)
+    assert next(within) == 1
+    with pytest.raises(KeyError):
+        next(within)
+
+
+def test_a_closed_ward_ends_its_processes_and_admits_no_more(ray_local: None) -> None:
+    @ray.remote
+    class Patient:
+        def wait(self) -> None:
+            threading.Event().wait()
+
+    ward = recovery._Ward()
+    actor = ward.admit(Patient.remote)
+    waiting = actor.wait.remote()
+    ward.close()
+    with pytest.raises(RayError):
+        ray.get(waiting, timeout=60)
+    with pytest.raises(ScoringError, match="the run has ended"):
+        ward.admit(Patient.remote)

@@ -3,6 +3,7 @@
 import pytest
 from conftest import CHATML, make_tokenizer
 
+from pipeline.config import TemplateName
 from pipeline.errors import ModelError
 from pipeline.rendering import (
     RenderedSample,
@@ -293,3 +294,16 @@ def test_markers_end_their_prompts() -> None:
         assert template.with_input.endswith(template.marker)
         assert template.without_input.endswith(template.marker)
         assert (template.next_turn or template.marker).endswith(template.marker)
+
+
+@pytest.mark.parametrize(
+    ("template", "changes"), [("chat", True), ("vicuna", True), ("alpaca", False)]
+)
+def test_the_end_of_a_turn_is_part_of_the_template(template: TemplateName, changes: bool) -> None:
+    """A chat template may print it; Vicuna's puts it between turns; Alpaca's has no use for it."""
+    texts = set()
+    for eos in ("</s>", "<|im_end|>"):
+        tokenizer = make_tokenizer(chat_template=CHATML)
+        tokenizer.eos_token = eos
+        texts.add(Renderer(tokenizer, template, 256, True).template_text)
+    assert len(texts) == 1 + changes

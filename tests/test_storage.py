@@ -1,9 +1,11 @@
 """Storage: publish once and whole, point LATEST.json, list, and name what is wrong."""
 
+import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Barrier
 
@@ -316,3 +318,12 @@ def test_an_endpoint_that_does_not_answer_is_named() -> None:
         assert "s3://bucket/a: " in line
         assert "http://127.0.0.1:9" in line
         assert not line.startswith("DONE")
+
+
+def test_times_of_all_stores_are_understood() -> None:
+    moment = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
+    expected = moment.timestamp()
+    assert storage._modified({"LastModified": moment}) == expected  # S3
+    assert storage._modified({"mtime": expected}) == expected  # files
+    assert storage._modified({"updated": "2024-05-06T07:08:09.000Z"}) == expected  # Google
+    assert storage._modified({}) == math.inf
