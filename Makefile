@@ -26,6 +26,9 @@ bench: .venv/.installed $(SMOLLM2)
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/incremental.py lookup
 	$(BIN)/python tests/benchmarks/incremental.py shards
+	$(BIN)/python tests/benchmarks/selection.py scores
+	$(BIN)/python tests/benchmarks/selection.py text
+	$(BIN)/python tests/benchmarks/selection.py curve --rows 1e6 5e6 20e6 100e6
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -18,6 +19,7 @@ import ray
 from pipeline import storage
 from pipeline.errors import AccountingError, InputError
 from pipeline.schemas import LEDGER, STATUSES
+from pipeline.scores import count_values
 from pipeline.units import Plan
 
 _PARTS_PER_TASK = 64
@@ -124,12 +126,12 @@ def _check_part(data: bytes, version: str, url: str, start: int, stop: int) -> E
         raise AccountingError(
             f"part {url}: not readable as Parquet: {err}. Delete the part and run again."
         ) from None
-    if table["row_index"].to_pylist() != list(range(start, stop)):
+    if not np.array_equal(table["row_index"].to_numpy(), np.arange(start, stop)):
         raise AccountingError(
             f"part {url}: got {len(table)} rows, expected rows {start} to {stop - 1} of its "
             "shard, each once. Delete the part and run again."
         )
-    counts = Counter(table["status"].to_pylist())
+    counts = count_values(table["status"])
     return Entry(version, hashlib.sha256(data).hexdigest(), dict(sorted(counts.items())))
 
 

@@ -34,9 +34,11 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
     key = hashlib.sha256(identity.encode()).hexdigest()[:24]
     folder = storage.join(storage.absolute(output), "ingest", key)
     done = storage.join(folder, "_DONE.json")
-    if storage.exists(done):
+    there = storage.list_names(folder)
+    if "_DONE.json" in there:
         names = json.loads(storage.read_bytes(done))["pieces"]
-        return [storage.join(folder, name) for name in names]
+        if set(names) <= there.keys():  # else somebody cleaned up
+            return [storage.join(folder, name) for name in names]
     names = []
     num_good = num_bad = 0
     for number, rows in enumerate(_pieces(_read_rows(entry.url))):

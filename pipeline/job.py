@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeline import cluster, engine, inputs, models, storage, units
+from pipeline.budgets import SelectSettings
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StorageError
 from pipeline.inputs import Corpus
@@ -51,7 +52,8 @@ def check(config: Config, *, selecting: bool) -> Checked:
     ref = models.resolve(config.model)
     corpus = inputs.open_corpus(config.input, config.output)
     if selecting:
-        output_schema(corpus)  # columns that cannot be written are named before hours of scoring
+        settings = SelectSettings.from_config(config.select, config.preset.ratio)
+        output_schema(corpus, settings)  # what cannot be written is named before hours of scoring
     for layout, count in Counter(s.columns.describe() for s in corpus.shards).items():
         log.info("%d shard%s read as %s", count, "s"[: count > 1], layout)
     architecture = models.load_config(ref)

@@ -7,6 +7,8 @@ import os
 import re
 import time
 import unicodedata
+from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,10 +17,10 @@ from rich.text import Text
 
 from pipeline.garbage import Garbage
 from pipeline.parts import UnitDone
+from pipeline.rows import read_rows
 from pipeline.run import Result, Summary
 from pipeline.samples import read_samples
 from pipeline.schemas import STATUSES
-from pipeline.tokenising import read_rows
 from pipeline.units import Plan
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -27,6 +29,9 @@ _LEAST_SECRET = 8
 """Characters; a shorter value is part of ordinary words."""
 
 _GARBAGE_SHOWN = 20
+_GROUPS_SHOWN = 20
+_GROUP_NAME = 30
+"""Characters shown of a group's name."""
 _EXCERPT = 110
 """Characters shown of a prompt and of a response."""
 
@@ -83,6 +88,14 @@ def show(result: Result, console: Console) -> None:
     summary = result.summary
     console.print(_status_table(summary))
     console.print(_facts(result))
+    if result.selection:
+        manifest = result.selection.manifest
+        for table, shown in (
+            (_budgets, len(manifest["budgets"]) > 1),
+            (_groups, manifest["groups"]),
+        ):
+            if shown:
+                console.print(table(manifest), "")
     if result.survey and result.survey.highest:
         by = result.selection.manifest["settings"]["by"] if result.selection else ""
         ends = {"Highest": result.survey.highest, "Lowest": result.survey.lowest}
@@ -156,20 +169,74 @@ def _facts(result: Result) -> Group:
         + f"; {summary.seconds:.1f} s in all"
     ]
     if result.selection:
-        manifest = result.selection.manifest
-        asked = manifest["asked_rows"]
-        kept = f"{summary.selected_rows:,} rows kept of {manifest['eligible_rows']:,} eligible"
-        if asked is not None and asked > manifest["selected_rows"]:
-            kept += f" ({asked:,} were asked for: fewer are eligible)"
-        if summary.cut is not None:
-            kept += f"; the cut is at {manifest['settings']['by']} {summary.cut:.6f}"
-        lines.append(kept)
-        for reason, count in manifest["rejected_rows"].items():
-            lines.append(f"{count:,} scored rows not eligible: {reason}")
-        if manifest["duplicate_rows"]:
-            lines.append(f"{manifest['duplicate_rows']:,} duplicates above the cut passed over")
+        lines += _selected(result.selection.manifest)
     lines += [f"skipped: {visible(reason)}" for reason in summary.skipped_shards]
     return Group("", *(Text(line) for line in lines), "")
+
+
+def _selected(manifest: dict[str, Any]) -> Iterator[str]:
+    """What a selection did, in sentences."""
+    settings = manifest["settings"]
+    asked, selected = manifest["asked_rows"], manifest["selected_rows"]
+    kept = f"{selected:,} rows kept of {manifest['eligible_rows']:,} eligible"
+    if asked is not None and asked > selected:
+        kept += f" ({asked:,} were asked for: fewer are eligible)"
+    if manifest["cut"] is not None and not manifest["groups"]:
+        kept += f"; the cut is at {settings['by']} {manifest['cut']:.6f}"
+    yield kept
+    tied = manifest["rows_at_cut"]
+    if tied > 1 and not manifest["groups"]:
+        at = "all of them kept"
+        if manifest["selected_at_cut"] < tied:
+            at = f"{manifest['selected_at_cut']:,} of them kept, by the order of sample ids"
+        yield f"{tied:,} rows lie exactly at the cut, {at}"
+    for reason, count in manifest["rejected_rows"].items():
+        yield f"{count:,} scored rows not eligible: {reason}"
+    if manifest["duplicate_rows"]:
+        yield f"{manifest['duplicate_rows']:,} duplicates above the cut passed over"
+
+
+def _budgets(manifest: dict[str, Any]) -> Table:
+    """Where each of several budgets ends."""
+    table = Table(title="Budgets", title_justify="left", show_edge=False, pad_edge=False)
+    for name in ("fraction", "rows", "cut", "rows at the cut", "kept of them"):
+        table.add_column(name, justify="right")
+    for budget in manifest["budgets"]:
+        table.add_row(
+            budget["fraction"],
+            f"{budget['selected_rows']:,}",
+            _ratio(budget["cut"]),
+            f"{budget['rows_at_cut']:,}",
+            f"{budget['selected_at_cut']:,}",
+        )
+    return table
+
+
+def _groups(manifest: dict[str, Any]) -> Table:
+    """The groups, those with the most rows first."""
+    groups = sorted(manifest["groups"], key=lambda group: -group["rows"])
+    title = f"Groups by {plain(manifest['settings']['group_by'])}"
+    if len(groups) > _GROUPS_SHOWN:
+        title += f": {_GROUPS_SHOWN} of {len(groups):,}, all of them in the manifest"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("group", overflow="ellipsis", no_wrap=True)
+    for name in ("rows", "eligible", "asked", "kept", "cut"):
+        table.add_column(name, justify="right")
+    for group in groups[:_GROUPS_SHOWN]:
+        asked = group["asked_rows"]
+        table.add_row(
+            Text("null" if group["group"] is None else plain(group["group"], _GROUP_NAME)),
+            f"{group['rows']:,}",
+            f"{group['eligible_rows']:,}",
+            "" if asked is None else f"{asked:,}",
+            f"{group['selected_rows']:,}",
+            _ratio(group["cut"]),
+        )
+    return table
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.6f}"
 
 
 def _samples(plan: Plan, rows: list[tuple[float, int, int]], title: str) -> Table:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from pipeline import accounting, cluster, errors, garbage, recovery, reuse, selection
 from pipeline.accounting import Audit
+from pipeline.budgets import SelectSettings
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.garbage import Garbage
@@ -20,7 +21,7 @@ from pipeline.parts import UnitDone
 from pipeline.schemas import FAILED_STATUSES
 from pipeline.selection import Selection
 from pipeline.settings import Scoring
-from pipeline.survey import SelectSettings, Survey
+from pipeline.survey import Survey
 from pipeline.units import Plan, Unit
 
 log = logging.getLogger("cherry")

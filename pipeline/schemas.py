@@ -95,6 +95,9 @@ SELECTED = pa.schema(
 )
 """Columns that a cherry subset has after the input's own."""
 
+SMALLEST_FRACTION = pa.field("smallest_fraction", pa.float64())
+"""With quotas and several fractions: the smallest of them whose subset the row belongs to."""
+
 
 def ids_of(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
     """sample_id as a numpy array, without a Python object per row."""

@@ -1,173 +1,166 @@
-"""The survey: what one pass over the parts says, and which of their rows may be selected."""
+"""The survey: what one pass over the parts says of a corpus, group by group."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from decimal import Context, Decimal
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
-from pipeline import storage
-from pipeline.config import Ratio, SelectConfig
+from pipeline.budgets import Rows, SelectSettings
+from pipeline.scores import (
+    NUM_BINS,
+    Keys,
+    Task,
+    count_values,
+    eligible_rows,
+    encode,
+    from_keys,
+    read_groups,
+    read_scores,
+    score_columns,
+    tasks,
+    to_bins,
+    to_keys,
+)
 from pipeline.units import Plan
 
-NUM_BINS = 1 << 16
-
-_EXACT = Context(prec=1000)
-"""0.1 and 0.10 are one setting, and no digit of a longer one is rounded away."""
-
-_UNITS_PER_TASK = 64
 _EXTREMES = 5
+
+Extreme = tuple[float, int, int]
+"""(ratio, unit, row) of one row."""
 
 
 @dataclass(frozen=True)
-class SelectSettings:
-    """Resolved selection settings."""
-
-    by: Ratio
-    fraction: str | None
-    """An exact decimal."""
-    count: int | None
-    threshold: float | None
-    of: Literal["all", "scored", "eligible"]
-    min_ifd: float | None
-    max_ifd: float | None
-    min_response_tokens: int
-
-    @classmethod
-    def from_config(cls, config: SelectConfig, by: Ratio) -> "SelectSettings":
-        """Fill in the default budget: a fraction of 0.10."""
-        fraction = config.fraction
-        if fraction is None and config.count is None and config.threshold is None:
-            fraction = Decimal("0.10")
-        return cls(
-            by=by,
-            fraction=None if fraction is None else str(fraction.normalize(_EXACT)),
-            count=config.count,
-            threshold=config.threshold,
-            of=config.of,
-            min_ifd=config.min_ifd,
-            max_ifd=config.max_ifd,
-            min_response_tokens=config.min_response_tokens,
-        )
-
-
-@dataclass
 class Survey:
-    """What one pass over the parts says."""
+    """What the parts say. Arrays are by group; without `group_by` there is one, all rows."""
 
-    rows_by_status: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
+    groups: tuple[str | None, ...]
+    """Values of the groups, sorted, null last."""
+    rows_by_status: Counter[str]
+    rejected: Counter[str]
     """Rows with status ok that are not eligible, by reason."""
-    histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_BINS, np.int64))
-    """Eligible rows by the top 16 bits of their key."""
-    highest: list[tuple[float, int, int]] = field(default_factory=list)
-    """Of the eligible rows: (ratio, unit, row), highest first."""
-    lowest: list[tuple[float, int, int]] = field(default_factory=list)
+    rows: Rows
+    scored: Rows
+    """Rows with status ok."""
+    cells: pa.Table
+    """Eligible rows by (group, bin), sorted; only those that have any."""
+    highest: list[Extreme]
+    """Of the eligible rows, highest ratio first; ties by unit and row."""
+    lowest: list[Extreme]
 
-    @property
-    def scored(self) -> int:
-        """Rows with status ok."""
-        return self.rows_by_status["ok"]
-
-    @property
-    def eligible(self) -> int:
+    @cached_property
+    def eligible(self) -> Rows:
         """Rows that may be selected."""
-        return int(self.histogram.sum())
+        return self.rows_up_to(NUM_BINS)
 
-    def add(self, other: "Survey") -> None:
-        """Merge another survey into this one."""
-        self.rows_by_status += other.rows_by_status
-        self.rejected += other.rejected
-        self.histogram += other.histogram
-        order = sorted(self.highest + other.highest, key=lambda e: (-e[0], e[1], e[2]))
-        self.highest = order[:_EXTREMES]
-        self.lowest = sorted(self.lowest + other.lowest)[:_EXTREMES]
+    def rows_up_to(self, last_bin: int) -> Rows:
+        """Eligible rows in bins up to and with `last_bin`."""
+        within = self.cells["bin"].to_numpy() <= last_bin
+        groups, rows = (self.cells[name].to_numpy() for name in ("group", "rows"))
+        return _sums(groups, rows * within, len(self.groups))
 
+    def bins_holding(self, wanted: Rows) -> Rows:
+        """The bin of each group down to which `wanted` rows lie; its last one if it has fewer.
 
-def to_keys(ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
-    """float64 -> uint64 of the same order; -0.0 and 0.0 are one value. NaN has no place here.
-
-    Negative numbers are complemented, others get their sign bit set:
-    -1.0 -> 0x400fffffffffffff, 0.0 -> 0x8000000000000000, 1.0 -> 0xbff0000000000000.
-    """
-    assert not np.isnan(ratios).any()
-    bits = (ratios + 0.0).view(np.uint64)
-    sign = np.uint64(1 << 63)
-    return np.where(bits & sign, ~bits, bits | sign)
-
-
-def from_keys(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """The inverse of `to_keys`."""
-    sign = np.uint64(1 << 63)
-    return np.where(keys & sign, keys ^ sign, ~keys).view(np.float64)
-
-
-def tasks(plan: Plan) -> Iterator[tuple[int, list[str]]]:
-    """(index of the first unit, part URLs) for each task."""
-    for start in range(0, len(plan.units), _UNITS_PER_TASK):
-        units = plan.units[start : start + _UNITS_PER_TASK]
-        yield start, [plan.part_url(unit) for unit in units]
+        -1 where no row is wanted, or there is none.
+        """
+        found = np.full(len(self.groups), -1, np.int64)
+        bins, rows = self.cells["bin"].to_numpy(), self.cells["rows"].to_numpy()
+        numbers = np.arange(len(self.groups) + 1)
+        edges = np.searchsorted(self.cells["group"].to_numpy(), numbers)
+        for group in np.flatnonzero((edges[1:] > edges[:-1]) & (wanted > 0)):
+            start, end = edges[group : group + 2]
+            at = np.searchsorted(np.cumsum(rows[start:end]), wanted[group])
+            found[group] = bins[start + min(int(at), end - start - 1)]
+        return found
 
 
 def survey_parts(plan: Plan, settings: SelectSettings) -> Survey:
     """Look at every part once, in Ray tasks."""
-    total = Survey()
-    jobs = [_survey_task.remote(urls, first, settings) for first, urls in tasks(plan)]
-    for survey in ray.get(jobs):
-        total.add(survey)
-    return total
+    return _merge(ray.get([_survey.remote(task, settings) for task in tasks(plan)]))
 
 
 @ray.remote
-def _survey_task(urls: list[str], first_unit: int, settings: SelectSettings) -> Survey:
-    total = Survey()
-    for unit, part in enumerate(read_parts(urls, settings), start=first_unit):
-        total.rows_by_status.update(part["status"].to_pylist())
-        eligible, rejected = eligible_rows(part, settings)
-        total.rejected += rejected
-        kept = part.filter(eligible)
-        ratios = kept[settings.by].to_numpy()
-        bins = (to_keys(ratios) >> np.uint64(48)).astype(np.int64)
-        total.histogram += np.bincount(bins, minlength=NUM_BINS)
-        for name, direction in (("highest", "descending"), ("lowest", "ascending")):
-            order = pc.sort_indices(kept, [(settings.by, direction), ("row_index", "ascending")])
-            ends = kept.take(order[:_EXTREMES])
-            rows = zip(ends[settings.by].to_pylist(), ends["row_index"].to_pylist(), strict=True)
-            getattr(total, name).extend((ratio, unit, row) for ratio, row in rows)
-    merged = Survey()
-    merged.add(total)
-    return merged
-
-
-def read_parts(urls: list[str], settings: SelectSettings) -> Iterator[pa.Table]:
-    """The columns of parts that a selection goes by, in order."""
-    names = ["row_index", "sample_id", "status", "num_response_tokens", settings.by]
-    for data in storage.read_many(urls):
-        yield pq.read_table(pa.BufferReader(data), columns=names)
-
-
-def eligible_rows(part: pa.Table, settings: SelectSettings) -> tuple[pa.Array, Counter[str]]:
-    """Which rows may be selected, and why rows with status ok may not (the first reason)."""
-    ratio = part[settings.by]
-    remaining = pc.equal(part["status"], "ok")
+def _survey(task: Task, settings: SelectSettings) -> Survey:
+    """Look at the parts of one task."""
+    rows_by_status: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    rules: list[tuple[str, Any]] = [
-        ("too_few_tokens", pc.less(part["num_response_tokens"], settings.min_response_tokens))
-    ]
-    if settings.max_ifd is not None:
-        rules.append(("at_or_over_max_ifd", pc.greater_equal(ratio, settings.max_ifd)))
-    if settings.min_ifd is not None:
-        rules.append(("under_min_ifd", pc.less(ratio, settings.min_ifd)))
-    for reason, hit in rules:
-        hit = pc.and_(remaining, pc.fill_null(hit, False))
-        if count := pc.sum(hit).as_py():
-            rejected[reason] = count
-        remaining = pc.and_not(remaining, hit)
-    return remaining, rejected
+    codes: dict[str | None, int] = {} if settings.group_by else {None: 0}
+    columns: list[tuple[Rows, Rows, Rows, Keys, Rows, Rows]] = []
+    parts = read_scores(task, score_columns(settings))
+    for index, (unit, part) in enumerate(zip(task.units, parts, strict=True), task.first_unit):
+        rows_by_status += count_values(part["status"])
+        scores = eligible_rows(part, settings)
+        rejected += scores.rejected
+        code = np.zeros(len(part), np.int64)
+        if settings.group_by:
+            code = encode(read_groups(unit, settings.group_by), codes)
+        at = np.flatnonzero(scores.eligible)
+        keys = to_keys(scores.ratios[at], settings.order)
+        where = np.full(len(at), index), at + unit.start
+        columns.append((code, code[scores.ok], code[at], keys, *where))
+    code, code_of_ok, code_of_eligible, keys, units, rows = map(
+        np.concatenate, zip(*columns, strict=True)
+    )
+    ratios = from_keys(keys, settings.order)
+    first, last = (
+        [(float(ratios[i]), int(units[i]), int(rows[i])) for i in _first(some).tolist()]
+        for some in (keys, ~keys)
+    )
+    return Survey(
+        groups=tuple(codes),
+        rows_by_status=rows_by_status,
+        rejected=rejected,
+        rows=np.bincount(code, minlength=len(codes)),
+        scored=np.bincount(code_of_ok, minlength=len(codes)),
+        cells=_cells(code_of_eligible, to_bins(keys), np.ones(len(keys), np.int64)),
+        highest=first if settings.order == "descending" else last,
+        lowest=last if settings.order == "descending" else first,
+    )
+
+
+def _merge(surveys: Sequence[Survey]) -> Survey:
+    values = {group for survey in surveys for group in survey.groups}
+    groups = tuple(sorted(values, key=lambda value: (value is None, value or "")))
+    code_of = {group: code for code, group in enumerate(groups)}
+    codes = [np.array([code_of[group] for group in s.groups], np.int64) for s in surveys]
+    cells = pa.concat_tables(
+        s.cells.set_column(0, "group", [pa.array(code[s.cells["group"].to_numpy()])])
+        for s, code in zip(surveys, codes, strict=True)
+    )
+    code = np.concatenate(codes)
+    highest = sorted((e for s in surveys for e in s.highest), key=lambda e: (-e[0], e[1:]))
+    lowest = sorted(e for s in surveys for e in s.lowest)
+    return Survey(
+        groups=groups,
+        rows_by_status=sum((s.rows_by_status for s in surveys), Counter()),
+        rejected=sum((s.rejected for s in surveys), Counter()),
+        rows=_sums(code, np.concatenate([s.rows for s in surveys]), len(groups)),
+        scored=_sums(code, np.concatenate([s.scored for s in surveys]), len(groups)),
+        cells=_cells(*(cells[name].to_numpy() for name in ("group", "bin", "rows"))),
+        highest=highest[:_EXTREMES],
+        lowest=lowest[:_EXTREMES],
+    )
+
+
+def _cells(groups: Rows, bins: Rows, rows: Rows) -> pa.Table:
+    """Rows added up by (group, bin)."""
+    cells, at = np.unique(groups * NUM_BINS + bins, return_inverse=True)
+    sums = _sums(at, rows, len(cells))
+    return pa.table({"group": cells // NUM_BINS, "bin": cells % NUM_BINS, "rows": sums})
+
+
+def _sums(at: Rows, rows: Rows, size: int) -> Rows:
+    sums = np.zeros(size, np.int64)
+    np.add.at(sums, at, rows)
+    return sums
+
+
+def _first(keys: Keys) -> Rows:
+    """Where the smallest keys are, a few of them; ties in the order they come in."""
+    last = np.partition(keys, _EXTREMES - 1)[_EXTREMES - 1] if len(keys) > _EXTREMES else None
+    at = np.arange(len(keys)) if last is None else np.flatnonzero(keys <= last)
+    return at[np.argsort(keys[at], kind="stable")][:_EXTREMES]

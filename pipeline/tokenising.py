@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 from pipeline import models, reuse, storage
 from pipeline.errors import CherryError, InputError, LostUnitError, ShardError
 from pipeline.rendering import Renderer
+from pipeline.rows import read_rows
 from pipeline.samples import Sample, read_samples, sample_id
-from pipeline.schemas import BAD_LINE, PART, TOKENS, hand_on
+from pipeline.schemas import PART, TOKENS, hand_on
 from pipeline.settings import Scoring, ScoringSettings
 from pipeline.units import Unit
 
@@ -62,37 +63,6 @@ def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
     positions = np.flatnonzero(todo)
     chosen = [samples[i] for i in positions]
     return _tokenise(positions + unit.start, chosen, scoring.settings), reused
-
-
-def read_rows(unit: Unit, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a unit, streaming through the row groups that hold them.
-
-    Args:
-        unit: Which rows.
-        columns: Columns to read, where the shard has them; None is the layout's own.
-    """
-    with storage.open_parquet(unit.read_url) as parquet:
-        wanted = columns or [*unit.columns.names.values(), BAD_LINE]
-        names = [n for n in parquet.schema_arrow.names if n in wanted]
-        pieces: list[pa.Table] = []
-        offset = 0
-        for group in range(parquet.num_row_groups):
-            num_rows = parquet.metadata.row_group(group).num_rows
-            if offset < unit.stop and offset + num_rows > unit.start:
-                for batch in parquet.iter_batches(row_groups=[group], columns=names):
-                    first, last = max(unit.start - offset, 0), unit.stop - offset
-                    if last > 0 and first < len(batch):
-                        pieces.append(pa.table(batch.slice(first, last - first)))
-                    offset += len(batch)
-            else:
-                offset += num_rows
-        table = pa.concat_tables(pieces)
-    if len(table) != unit.num_rows:
-        raise InputError(
-            f"{unit.read_url}: got {len(table)} rows, expected {unit.num_rows}: it changed "
-            "while it was read. Run again."
-        )
-    return table
 
 
 @functools.cache

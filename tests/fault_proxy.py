@@ -69,6 +69,8 @@ class FaultProxy(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         """Method and unquoted target of every request that arrived."""
+        self.bytes_sent = 0
+        """Of the bodies of all answers."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -152,6 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+            self.server.bytes_sent += len(body)
         self.wfile.flush()
 
     def _hang_up(self) -> None:

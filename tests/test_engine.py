@@ -185,11 +185,22 @@ def test_several_spans_of_one_sequence_are_summed_apart() -> None:
     assert both.nll_nats == pytest.approx([a.nll_nats[0] for a in apart], rel=1e-5)
 
 
-def test_one_bad_sequence_is_an_error_and_the_others_are_scored() -> None:
+def test_one_bad_sequence_is_an_error_and_the_others_are_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model("Llama")
     good = sequences_of([20, 30, 10])
-    bad = TokenSequence(np.array([1, 2, 4_000, 3], dtype=np.int32), ((1, 4),))
-    losses = Engine(model).score([good[0], bad, *good[1:]])
+    bad = TokenSequence(np.array([1, 2, 3, 4], dtype=np.int32), ((1, 4),))
+    engine = Engine(model)
+    whole = engine._losses
+
+    def spoiled(chosen: list[TokenSequence]) -> list[tuple[float, ...]]:
+        if any(sequence is bad for sequence in chosen):
+            raise IndexError("index out of range")
+        return whole(chosen)
+
+    monkeypatch.setattr(engine, "_losses", spoiled)
+    losses = engine.score([good[0], bad, *good[1:]])
     assert losses[1].error == "IndexError"
     assert losses[1].nll_nats == ()
     for sequence, loss in zip(good, [losses[0], *losses[2:]], strict=True):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from botocore.retries.standard import ExponentialBackoff
 from conftest import S3
 from fault_proxy import Fault, FaultProxy
 
+from pipeline import rows as rows_module
 from pipeline import s3, storage, uploads
 from pipeline.errors import CherryError, InputError, StorageError
 
@@ -441,6 +443,20 @@ def test_a_store_far_away_is_only_slower(proxy: FaultProxy, store: Any, folder: 
     assert storage.read_bytes(f"{folder}/a") == DATA
     assert time.monotonic() - started > 3 * proxy.delay_s
     assert [method for method, _ in proxy.requests] == ["PUT", "HEAD", "GET"]
+
+
+def test_only_the_row_groups_of_wanted_rows_travel(
+    proxy: FaultProxy, store: Any, folder: str
+) -> None:
+    noise = [os.urandom(5_000) for _ in range(100)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": noise, "other": noise}), sink, row_group_size=10)
+    storage.publish(f"{folder}/shard", sink.getvalue())
+    proxy.bytes_sent = 0
+    rows = rows_module.take_rows(f"{folder}/shard", np.array([3, 5, 47]), {"text"})
+    assert rows["text"].to_pylist() == [noise[3], noise[5], noise[47]]
+    footer = 66_000  # its last 64 KiB are read at once
+    assert 2 * 10 * 5_000 < proxy.bytes_sent < 2 * 10 * 5_000 + footer  # of 1,000,000
 
 
 def test_remove_on_s3(proxy: FaultProxy, store: Any, folder: str) -> None:

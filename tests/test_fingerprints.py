@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from conftest import tiny_model
 
+from pipeline.budgets import SelectSettings
 from pipeline.config import Config, SelectConfig, _all_keys
 from pipeline.job import check, plan
-from pipeline.survey import SelectSettings
 
 pytestmark = pytest.mark.ray
 ConfigFor = Callable[..., Any]
@@ -46,20 +46,31 @@ CHANGE_NOTHING = {
 }
 CHANGE_THE_SELECTION = {
     "select.by": "ifd_ppl_ratio",
+    "select.order": "ascending",
     "select.fraction": 0.2,
+    "select.fractions": [0.1, 0.2],
     "select.count": 3,
     "select.threshold": 0.4,
     "select.of": "eligible",
     "select.min_ifd": 0.1,
     "select.max_ifd": 0.9,
     "select.min_response_tokens": 2,
+    "select.duplicates": "keep",
+    "select.group_by": "output",
+    "select.quotas": {"a": 1, "*": 0.1},
+    "select.floor": 2,
+    "select.format": "jsonl",
+    "select.rows_per_part": 10,
 }
-ONE_VALUE = {"select.group_by"}
+NEEDS = {
+    "select.quotas": {"group_by": "output"},
+    "select.floor": {"group_by": "output", "quotas": "proportional"},
+}
 
 
 def test_every_key_is_on_one_side() -> None:
     leaves = {key for key in _all_keys() if "." in key or key == "output"}
-    sides = [CHANGE_THE_SCORE, CHANGE_THE_UNITS, CHANGE_NOTHING, CHANGE_THE_SELECTION, ONE_VALUE]
+    sides = [CHANGE_THE_SCORE, CHANGE_THE_UNITS, CHANGE_NOTHING, CHANGE_THE_SELECTION]
     assert leaves == set().union(*sides)
     assert sum(map(len, sides)) == len(leaves)
 
@@ -82,7 +93,7 @@ def planned(
         filled = value.format(**values) if isinstance(value, str) else value
         if key == "input.layout":
             raw["input"]["columns"] = {"prompt": "instruction", "response": "output"}
-        (raw[section] if section else raw)[leaf] = filled
+        (raw[section] if section else raw).update({leaf: filled} | NEEDS.get(key, {}))
         job = plan(check(Config.model_validate(raw), selecting=False))
         return job.score_fp, [unit.unit_id for unit in job.plan.units]
 
@@ -112,7 +123,8 @@ def test_nothing_else_changes_either(planned: Any, key: str) -> None:
 @pytest.mark.parametrize("key", CHANGE_THE_SELECTION)
 def test_every_key_of_the_selection_changes_its_settings(key: str) -> None:
     leaf = key.rpartition(".")[2]
-    changed = SelectConfig.model_validate({leaf: CHANGE_THE_SELECTION[key]})
+    needs = NEEDS.get(key, {})
+    changed = SelectConfig.model_validate({leaf: CHANGE_THE_SELECTION[key], **needs})
     by = changed.by or "ifd_loss_ratio"
-    base = SelectSettings.from_config(SelectConfig(), "ifd_loss_ratio")
+    base = SelectSettings.from_config(SelectConfig.model_validate(needs), "ifd_loss_ratio")
     assert SelectSettings.from_config(changed, by) != base

@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import footers, ingest, inputs
-from pipeline.config import InputConfig
+from pipeline.budgets import SelectSettings
+from pipeline.config import InputConfig, SelectConfig
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
 from pipeline.samples import read_samples
 from pipeline.schemas import BAD_LINE
+from pipeline.subset import output_schema
 from pipeline.units import make_plan
 
 Row = dict[str, Any]
@@ -511,13 +513,12 @@ def test_a_piece_of_broken_lines_only_is_malformed_rows(
 def test_scalars_that_differ_over_pieces_are_text_in_the_output(
     tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.subset import output_schema
-
     monkeypatch.setattr(ingest, "_INGEST_ROWS", 1)
     lines = [json.dumps({"prompt": "a", "completion": "b", "id": i}) for i in (1, "two", 3)]
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
-    assert output_schema(open_at(tmp_path / "in")).field("id").type == pa.string()
+    settings = SelectSettings.from_config(SelectConfig(), "ifd_loss_ratio")
+    assert output_schema(open_at(tmp_path / "in"), settings).field("id").type == pa.string()
 
 
 def test_another_version_of_the_ingest_makes_the_pieces_anew(

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, ROWS, make_tokenizer, read_parts, write_parquet
 
-from pipeline import run
+from pipeline import recovery, run, scoring
 from pipeline.errors import ShardError
 from pipeline.schemas import PART
 
@@ -66,16 +65,16 @@ def test_a_rerun_scores_nothing_and_changes_nothing(
 
 
 def test_a_rerun_with_nothing_new_starts_no_model(
-    ray_local: None, config_for: ConfigFor, corpus: Path, model_dir: Path, tmp_path: Path
+    ray_local: None, config_for: ConfigFor, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = Path(shutil.copytree(model_dir, tmp_path / "model"))
-    cache = {"path": str(copy), "cache_dir": str(tmp_path / "cache")}
-    first = run.run(config_for(corpus, model=cache)).summary
-    weights = copy / "model.safetensors"
-    stat = weights.stat()
-    weights.write_bytes(b"\0" * stat.st_size)  # of the same size and time: its hash is known,
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and loading it would fail
-    again = run.run(config_for(corpus, model=cache, select={"count": 2})).summary
+    first = run.run(config_for(corpus)).summary
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("an actor with a model would be started")
+
+    monkeypatch.setattr(scoring, "ActorPoolStrategy", refuse)
+    monkeypatch.setattr(recovery, "_CellActor", refuse)
+    again = run.run(config_for(corpus, select={"count": 2})).summary
     assert again.score_fingerprint == first.score_fingerprint
     assert (again.units_scored, again.selected_rows) == (0, 2)
 

@@ -1,44 +1,48 @@
-"""Selection against an oracle that sorts every row in one process.
+"""Selection against an oracle that sorts every row in one process."""
 
-A test states its corpus as rows of (ratio, sample_id, status, tokens); they are written as shards
-and, without a model, as the parts that scoring would have left. Then everything is the real thing.
-"""
-
-import hashlib
 import itertools
 import json
 import math
 import os
 import pickle
 import random
-import struct
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scored_corpus import (
+    EMPTY,
+    HARD_IDS,
+    MALFORMED,
+    RATIOS,
+    Row,
+    files_of,
+    read,
+    row,
+    scored,
+    select,
+    select_into,
+    wanted,
+)
 
-from pipeline import selection, subset, survey
+from pipeline import ranking, scores, selection, subset
 from pipeline.accounting import audit
-from pipeline.config import InputConfig, SelectConfig
+from pipeline.budgets import UNLIMITED, asked_rows
 from pipeline.errors import InputError, StorageError
-from pipeline.inputs import Corpus, open_corpus
-from pipeline.schemas import BAD_LINE, PART, SELECTED
-from pipeline.selection import Selection
-from pipeline.survey import SelectSettings, Survey, from_keys, to_keys
-from pipeline.units import Plan, make_plan
+from pipeline.inputs import Corpus
+from pipeline.schemas import SELECTED
+from pipeline.units import Plan
 
 ray = pytest.mark.ray
 WITH_RAY = settings(
@@ -46,127 +50,12 @@ WITH_RAY = settings(
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One input row and its score."""
-
-    ratio: float | None
-    sample_id: bytes | None
-    status: str = "ok"
-    tokens: int = 5
-
-
-def row(ratio: float, name: int | bytes, tokens: int = 5) -> Row:
-    """A scored row; `name` is its sample_id."""
-    raw = name if isinstance(name, bytes) else name.to_bytes(16, "big")
-    return Row(ratio, raw, "ok", tokens)
-
-
-EMPTY = Row(None, b"e" * 16, "empty_response", 0)
-MALFORMED = Row(None, None, "malformed", 0)
-
-
-# Corpora on disk
-
-
-def write_shards(
-    folder: Path, shards: Sequence[Sequence[Row]], row_group_size: int | None = None
-) -> str:
-    """Alpaca shards whose instruction is `SHARD:ROW`."""
-    folder.mkdir(parents=True)
-    for number, rows in enumerate(shards):
-        names = pa.array([f"{number}:{i}" for i in range(len(rows))], pa.string())
-        table = pa.table({"instruction": names, "output": names})
-        pq.write_table(table, folder / f"shard-{number:03}.parquet", row_group_size=row_group_size)
-    return str(folder)
-
-
-def write_parts(plan: Plan, shards: Sequence[Sequence[Row]]) -> None:
-    """The parts that scoring would leave; the ppl ratio runs against the loss ratio."""
-    Path(plan.scores_url).mkdir(parents=True, exist_ok=True)
-    urls = sorted({unit.shard_url for unit in plan.units})
-    for unit in plan.units:
-        rows = shards[urls.index(unit.shard_url)][unit.start : unit.stop]
-        columns = {field.name: pa.nulls(len(rows), field.type) for field in PART}
-        values = {
-            "row_index": range(unit.start, unit.stop),
-            "sample_id": [r.sample_id for r in rows],
-            "status": [r.status for r in rows],
-            "num_response_tokens": [r.tokens for r in rows],
-            "ifd_loss_ratio": [r.ratio for r in rows],
-            "ifd_ppl_ratio": [None if r.ratio is None else -r.ratio for r in rows],
-        }
-        for name, column in values.items():
-            columns[name] = pa.array(column, PART.field(name).type)
-        pq.write_table(pa.table(columns, schema=PART), plan.part_url(unit))
-
-
-def scored(
-    folder: Path,
-    shards: Sequence[Sequence[Row]],
-    unit_rows: int = 3,
-    row_group_size: int | None = None,
-) -> tuple[Plan, Corpus]:
-    """A corpus that is scored and not selected from."""
-    path = write_shards(folder / "corpus", [s for s in shards if s], row_group_size)
-    return plan_of(path, folder / "out", [s for s in shards if s], unit_rows)
-
-
-def plan_of(
-    path: str, output: Path, shards: Sequence[Sequence[Row]], unit_rows: int = 3
-) -> tuple[Plan, Corpus]:
-    corpus = open_corpus(InputConfig(path=path), str(output))
-    plan = make_plan(corpus, str(output), "fp", unit_rows, 1, None)
-    write_parts(plan, shards)
-    return plan, corpus
-
-
-def wanted(by: Any = "ifd_loss_ratio", **config: Any) -> SelectSettings:
-    return SelectSettings.from_config(SelectConfig.model_validate(config), by)
-
-
-def select(
-    plan: Plan, corpus: Corpus, output: str, settings: SelectSettings, score_fp: str
-) -> tuple[Selection, Survey | None]:
-    return selection.select(plan, corpus, output, settings, score_fp, audit(plan))
-
-
-def select_into(
-    folder: Path, plan: Plan, corpus: Corpus, **config: Any
-) -> tuple[Selection, list[str]]:
-    """Select, and name the rows that came out, in their order."""
-    found, _ = select(plan, corpus, str(folder / "out"), wanted(**config), "fp")
-    return found, names_of(found)
-
-
-def names_of(found: Selection) -> list[str]:
-    return read(found)["instruction"].to_pylist() if found.manifest["parts"] else []
-
-
-def read(found: Selection) -> pa.Table:
-    """All output parts in their order, checked against their manifest."""
-    tables = []
-    for part in found.manifest["parts"]:
-        path = Path(found.url, part["path"])
-        tables.append(pq.read_table(path))
-        assert len(tables[-1]) == part["rows"]
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == part["sha256"]
-    table = pa.concat_tables(tables)
-    assert table["rank"].to_pylist() == list(range(found.manifest["selected_rows"]))
-    return table
-
-
-def files_of(folder: str | Path) -> dict[str, tuple[int, int, bytes]]:
-    """Inode, modification time and bytes of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): (
-            path.stat().st_ino,
-            path.stat().st_mtime_ns,
-            path.read_bytes(),
-        )
-        for path in Path(folder).rglob("*")
-        if path.is_file()
-    }
+@pytest.fixture
+def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a corpus of millions of rows: several tasks, ranges of ranks, and extracts."""
+    monkeypatch.setattr(scores, "_ROWS_PER_TASK", 30)
+    monkeypatch.setattr(ranking, "_ROWS_PER_RANGE", 24)
+    monkeypatch.setattr(subset, "_BYTES_PER_EXTRACT", 2_000)
 
 
 # The oracle
@@ -174,216 +63,114 @@ def files_of(folder: str | Path) -> dict[str, tuple[int, int, bytes]]:
 
 @dataclass(frozen=True)
 class Expected:
+    """What a selection must give."""
+
     names: list[str]
+    levels: list[int]
+    """The smallest budget that each row belongs to."""
     duplicates: int
-    cut: float | None
     eligible: int
+    by_level: list[dict[str, Any]]
+    """Rows, cut and ties of each budget, added up over groups."""
 
 
 def expect(shards: Sequence[Sequence[Row]], **config: Any) -> Expected:
-    """What a selection must give: sort everything, drop later copies, cut."""
+    """Sort everything, drop later copies, and take from each group what is asked."""
+    chosen = wanted(**config)
+    sign = -1 if chosen.order == "descending" else 1
     rows = [
-        (-r.ratio, r.sample_id, shard, index, r)
+        (sign * r.ratio, r.sample_id, shard, index, r)
         for shard, shard_rows in enumerate([s for s in shards if s])
         for index, r in enumerate(shard_rows)
         if r.status == "ok" and r.ratio is not None
     ]
-    low, high = config.get("min_ifd", -math.inf), config.get("max_ifd", 1.0)
-    high = math.inf if high is None else high
-    fewest = config.get("min_response_tokens", 1)
+    low = -math.inf if chosen.min_ifd is None else chosen.min_ifd
+    high = math.inf if chosen.max_ifd is None else chosen.max_ifd
     eligible = [
         e for e in sorted(rows, key=lambda e: e[:4])
-        if low <= e[4].ratio < high and e[4].tokens >= fewest
+        if low <= e[4].ratio < high and e[4].tokens >= chosen.min_response_tokens
     ]  # fmt: skip
-    num_rows = sum(len(s) for s in shards)
-    base = {"all": num_rows, "scored": len(rows), "eligible": len(eligible)}
-    if "threshold" in config:
-        budget = len(eligible)
-        considered = [e for e in eligible if e[4].ratio >= config["threshold"]]
-    else:
-        fraction = Fraction(str(config.get("fraction", "0.10")))
-        budget = config.get("count", math.floor(fraction * base[config.get("of", "all")]))
-        considered = eligible
-    kept: list[Any] = []
+
+    def group_of(r: Row) -> str | None:
+        return r.group if chosen.group_by else None
+
+    everything = [r for s in shards for r in s]
+    groups = sorted({group_of(r) for r in everything}, key=lambda g: (g is None, g or ""))
+    sizes = {
+        "all": Counter(group_of(r) for r in everything),
+        "scored": Counter(group_of(e[4]) for e in rows),
+        "eligible": Counter(group_of(e[4]) for e in eligible),
+    }
+    of, most = ([sizes[name][g] for g in groups] for name in (chosen.of, "eligible"))
+    asked = asked_rows(chosen, groups, np.array(of), np.array(most)).tolist()
+    limit = math.inf if chosen.threshold is None else sign * chosen.threshold
+    considered = [e for e in eligible if e[0] <= limit]
     seen: set[bytes] = set()
-    duplicates = 0
+    unique: dict[Any, list[Any]] = {group: [] for group in groups}
+    copies: dict[Any, list[Any]] = {group: [] for group in groups}
     for entry in considered:
-        if len(kept) == budget:
-            break
-        duplicates += entry[1] in seen
-        if entry[1] not in seen:
-            seen.add(entry[1])
-            kept.append(entry)
+        is_copy = chosen.duplicates == "drop" and entry[1] in seen
+        (copies if is_copy else unique)[group_of(entry[4])].append(entry)
+        seen.add(entry[1])
+    kept = sorted(
+        (entry[:4], next(n for n, some in enumerate(asked) if place < some[g]))
+        for g, group in enumerate(groups)
+        for place, entry in enumerate(unique[group])
+        if place < asked[-1][g]
+    )
+    duplicates = 0
+    for g, group in enumerate(groups):
+        last = unique[group][: asked[-1][g]][-1:]
+        full = len(unique[group]) >= asked[-1][g]
+        duplicates += sum(not full or (bool(last) and c[:4] < last[0][:4]) for c in copies[group])
+    by_level = []
+    for some in asked:
+        ends = [(u[: some[g]], u) for g, u in enumerate(unique.values())]
+        ties = [(taken, [e for e in u if e[0] == taken[-1][0]]) for taken, u in ends if taken]
+        by_level.append(
+            {
+                "asked_rows": None if UNLIMITED in some else sum(some),
+                "selected_rows": sum(len(taken) for taken, _ in ends),
+                "cut": sign * max(t[-1][0] for t, _ in ties) if ties else None,
+                "rows_at_cut": sum(len(tied) for _, tied in ties),
+                "selected_at_cut": sum(len([e for e in t if e in tied]) for t, tied in ties),
+            }
+        )
     return Expected(
-        names=[f"{shard}:{index}" for _, _, shard, index, _ in kept],
+        names=[f"{shard}:{index}" for (_, _, shard, index), _ in kept],
+        levels=[level for _, level in kept],
         duplicates=duplicates,
-        cut=kept[-1][4].ratio if kept else None,
         eligible=len(eligible),
+        by_level=by_level,
     )
 
 
-def check(folder: Path, shards: Sequence[Sequence[Row]], plan: Plan, corpus: Corpus, **c: Any):
+def check(
+    folder: Path, shards: Sequence[Sequence[Row]], plan: Plan, corpus: Corpus, **config: Any
+) -> list[str]:
     """Select, compare with the oracle, and give back the rows' names."""
-    found, names = select_into(folder, plan, corpus, **c)
-    expected = expect(shards, **c)
-    assert names == expected.names
+    found, names = select_into(folder, plan, corpus, **config)
+    expected = expect(shards, **config)
     manifest = found.manifest
-    assert manifest["selected_rows"] == len(expected.names)
+    assert names == expected.names
+    assert {name: manifest[name] for name in expected.by_level[-1]} == expected.by_level[-1]
+    fractions = wanted(**config).fractions
+    assert manifest["budgets"] == [
+        {"fraction": f, **level} for f, level in zip(fractions, expected.by_level, strict=False)
+    ]
+    if len(fractions) > 1 and config.get("group_by") and names:
+        smallest = [float(fractions[level]) for level in expected.levels]
+        assert read(found)["smallest_fraction"].to_pylist() == smallest
     assert manifest["duplicate_rows"] == expected.duplicates
-    assert manifest["cut"] == expected.cut
     assert manifest["eligible_rows"] == expected.eligible
     assert manifest["rows"] == sum(len(s) for s in shards)
     statuses = Counter(r.status for s in shards for r in s)
     assert manifest["rows_by_status"] == statuses
     assert sum(manifest["rejected_rows"].values()) == statuses["ok"] - expected.eligible
+    for name in ("rows", "eligible_rows", "selected_rows", "duplicate_rows", "rows_at_cut"):
+        if manifest["groups"]:
+            assert sum(group[name] for group in manifest["groups"]) == manifest[name]
     return names
-
-
-# Keys
-
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
-EDGES = st.sampled_from(
-    [
-        0.0, -0.0, 5e-324, -5e-324, 2.2250738585072014e-308, 1.7976931348623157e308,
-        -1.7976931348623157e308, 1.0, math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0), -1.0,
-        0.5, math.nextafter(0.5, 1.0), 0.9, 0.8999999999999999,
-    ]
-)  # fmt: skip
-
-
-def keys_of(*ratios: float) -> list[int]:
-    return to_keys(np.array(ratios, np.float64)).tolist()
-
-
-def test_keys_by_hand() -> None:
-    assert [hex(key) for key in keys_of(-1.0, 0.0, 1.0, math.inf)] == [
-        "0x400fffffffffffff",
-        "0x8000000000000000",
-        "0xbff0000000000000",
-        "0xfff0000000000000",
-    ]
-
-
-def test_zeros_have_one_key() -> None:
-    assert len(set(keys_of(0.0, -0.0))) == 1
-
-
-@given(st.lists(FINITE | EDGES | st.sampled_from([math.inf, -math.inf]), min_size=2))
-def test_keys_have_the_order_of_their_ratios(ratios: list[float]) -> None:
-    keys = keys_of(*ratios)
-    for one, key in zip(ratios, keys, strict=True):
-        for other, other_key in zip(ratios, keys, strict=True):
-            assert (one < other) == (key < other_key)
-            assert (one == other) == (key == other_key)
-
-
-@given(st.lists(FINITE | EDGES))
-def test_keys_turn_back_into_ratios(ratios: list[float]) -> None:
-    back = from_keys(to_keys(np.array(ratios, np.float64))).tolist()
-    assert [struct.pack("d", r + 0.0) for r in ratios] == [struct.pack("d", r) for r in back]
-
-
-# Ranks and copies
-
-# Ids that a comparison of C strings, or of signed bytes, would get wrong.
-HARD_IDS = st.sampled_from(
-    [
-        bytes(16), bytes(15) + b"\1", b"\1" + bytes(15), b"\xff" * 16, b"\x80" + bytes(15),
-        b"\x7f" + b"\xff" * 15, b"a\0b" + bytes(13), b"a\0c" + bytes(13), b"a" + bytes(15),
-    ]
-)  # fmt: skip
-IDS = HARD_IDS | st.binary(min_size=16, max_size=16)
-RATIOS = st.floats(0.0, 1.2) | st.sampled_from([0.25, 0.5, 0.5, 0.75, 1.0]) | EDGES | FINITE
-CANDIDATES = st.lists(
-    st.tuples(
-        RATIOS | st.just(0.5), IDS | st.just(b"x" * 16), st.integers(0, 3), st.integers(0, 9)
-    ),
-    max_size=40,
-)
-
-
-def candidates(rows: list[tuple[float, bytes, int, int]]) -> Any:
-    found = np.empty(len(rows), selection._CANDIDATE)
-    if rows:
-        ratios, found["sample_id"], found["unit"], found["row"] = zip(*rows, strict=True)
-        found["key"] = to_keys(np.array(ratios, np.float64))
-    return found
-
-
-@given(CANDIDATES)
-def test_ranks_are_those_of_a_plain_sort(rows: list[tuple[float, bytes, int, int]]) -> None:
-    ranked = selection._rank(candidates(rows))
-    order = sorted(rows, key=lambda r: (-r[0], r[1], r[2], r[3]))
-    assert ranked.tolist() == candidates(order).tolist()
-
-
-@given(st.lists(IDS | st.sampled_from([b"x" * 16, b"y" * 16]), max_size=40))
-def test_first_copies(ids: list[bytes]) -> None:
-    mask = selection._first_copies(candidates([(0.5, i, 0, n) for n, i in enumerate(ids)]))
-    assert mask.tolist() == [i not in ids[:n] for n, i in enumerate(ids)]
-
-
-# Budgets
-
-
-def surveyed(scored_rows: int, eligible: int) -> Survey:
-    survey = Survey(rows_by_status=Counter(ok=scored_rows))
-    survey.histogram[7] = eligible
-    return survey
-
-
-@pytest.mark.parametrize(
-    ("fraction", "num_rows", "expected"),
-    [
-        ("0.29", 100, 29),  # 0.29 * 100 is 28.999999999999996
-        ("0.1", 52_002, 5200),
-        ("0.07", 100, 7),  # 7.000000000000001
-        ("0.0001", 9_999, 0),
-        ("0.0001", 10_000, 1),
-        ("0.999999999", 1_000_000_000, 999_999_999),
-        ("1", 7, 7),
-        ("1.00", 7, 7),
-        ("0", 7, 0),
-        ("0.3333333333333333333333333333", 3_000_000_000, 999_999_999),
-        ("0.9999999999999999999999999999", 1_000_000_000, 999_999_999),
-        # 1110.9999999999999999999999996884, which 28 digits round to 1111.
-        ("0.1428571428571428571428571428", 7777, 1110),
-        (0.29, 100, 29),  # as YAML reads it
-    ],
-)
-def test_fraction_is_an_exact_decimal(fraction: Any, num_rows: int, expected: int) -> None:
-    assert selection._budget(wanted(fraction=fraction), num_rows, surveyed(0, 0)) == expected
-
-
-@given(
-    st.decimals(0, 1, allow_nan=False, places=12) | st.decimals(0, 1, places=28),
-    st.integers(0, 10**12),
-)
-def test_budget_is_the_floor_of_the_exact_product(fraction: Decimal, num_rows: int) -> None:
-    budget = selection._budget(wanted(fraction=fraction), num_rows, surveyed(0, 0))
-    assert budget == math.floor(Fraction(fraction) * num_rows)
-
-
-@pytest.mark.parametrize(("of", "expected"), [("all", 50), ("scored", 40), ("eligible", 15)])
-def test_fraction_is_a_share_of(of: str, expected: int) -> None:
-    assert selection._budget(wanted(fraction="0.5", of=of), 100, surveyed(80, 30)) == expected
-
-
-def test_count_and_threshold_are_no_share() -> None:
-    assert selection._budget(wanted(count=0), 100, surveyed(80, 30)) == 0
-    assert selection._budget(wanted(count=77), 100, surveyed(80, 30)) == 77
-    assert selection._budget(wanted(threshold=0.0), 100, surveyed(80, 30)) is None
-
-
-def test_default_is_a_tenth() -> None:
-    assert wanted().fraction == "0.1"
-    assert wanted(count=3).fraction is None
-    assert wanted(threshold=0.5).fraction is None
-
-
-@pytest.mark.parametrize("spelling", ["0.1", "0.10", "1E-1", 0.1, Decimal("0.100")])
-def test_spellings_of_a_fraction_are_one_setting(spelling: Any) -> None:
-    assert wanted(fraction=spelling) == wanted()
 
 
 # Whole selections
@@ -406,21 +193,26 @@ def test_worked_example(ray_local: None, tmp_path: Path) -> None:
         )
     ]
     assert table["ifd_ppl_ratio"].to_pylist() == [-0.9, -0.9, -0.7, -0.2]
+    outcome = {
+        "asked_rows": 4, "selected_rows": 4, "cut": 0.2, "rows_at_cut": 1, "selected_at_cut": 1,
+    }  # fmt: skip
     assert found.manifest == {
         "score_fingerprint": "fp",
         "select_fingerprint": Path(found.url).name,
         "settings": {
-            "by": "ifd_loss_ratio", "fraction": "0.5", "count": None, "threshold": None,
-            "of": "all", "min_ifd": None, "max_ifd": 1.0, "min_response_tokens": 1,
+            "by": "ifd_loss_ratio", "order": "descending", "fractions": ["0.5"], "count": None,
+            "threshold": None, "of": "all", "min_ifd": None, "max_ifd": 1.0,
+            "min_response_tokens": 1, "duplicates": "drop", "group_by": None, "quotas": "each",
+            "floor": 0, "format": "parquet", "rows_per_part": 100_000,
         },
         "rows": 8,
         "rows_by_status": {"empty_response": 1, "malformed": 1, "ok": 6},
         "eligible_rows": 5,
         "rejected_rows": {"at_or_over_max_ifd": 1},
-        "asked_rows": 4,
-        "selected_rows": 4,
         "duplicate_rows": 1,
-        "cut": 0.2,
+        **outcome,
+        "budgets": [{"fraction": "0.5", **outcome}],
+        "groups": [],
         "score_parts": {"count": 4, "sha256": audit(plan).digest},
         "parts": found.manifest["parts"],
     }  # fmt: skip
@@ -456,23 +248,33 @@ BUDGETS: list[dict[str, Any]] = [
     {"fraction": "0.5", "of": "scored"},
     {"fraction": "0.5", "of": "eligible", "max_ifd": None, "min_ifd": 0.0},
     {"count": 37, "max_ifd": 0.7, "min_response_tokens": 4},
+    {"count": 37, "order": "ascending"},
+    {"threshold": 0.5, "order": "ascending"},
+    {"count": 120, "duplicates": "keep"},
+    {"fractions": ["0.02", "0.29", "0.05", "0.5"]},
+    {"fractions": ["0.1", "0.3"], "group_by": "source"},
+    {"count": 20, "group_by": "source", "duplicates": "keep", "order": "ascending"},
+    {"threshold": 0.6, "group_by": "source"},
+    {"fractions": ["0.05", "0.3"], "group_by": "source", "quotas": "proportional", "floor": 3},
+    {"group_by": "source", "quotas": {"web": 7, "null": 0.1, "*": 1.0}},
 ]
 
 
 @ray
 @pytest.mark.parametrize("kind", ["random", "tied", "skewed", "equal", "ascending", "adversarial"])
-def test_selection_is_the_oracles(ray_local: None, tmp_path: Path, kind: str) -> None:
+def test_selection_is_the_oracles(
+    ray_local: None, many_tasks: None, tmp_path: Path, kind: str
+) -> None:
     source = random.Random(1)
     # One in four ids has copies, with other ratios; one in ten rows has no score.
     rows = [
         row(ratio, source.randrange(1, 150) if source.random() < 0.25 else 1000 + n,
-            source.randrange(1, 9))
+            source.randrange(1, 9), source.choice(["web", "code", "code", "code", None]))
         for n, ratio in enumerate(make_ratios(kind, 270))
     ] + [EMPTY, MALFORMED] * 15  # fmt: skip
     source.shuffle(rows)
     shards = [rows[:101], rows[101:102], rows[102:]]
     plan, corpus = scored(tmp_path, shards, unit_rows=4)
-    assert len(plan.units) > survey._UNITS_PER_TASK  # several tasks take part
     for budget in BUDGETS:
         check(tmp_path, shards, plan, corpus, **budget)
 
@@ -810,201 +612,21 @@ def test_nothing_written_says_where_or_when(ray_local: None, tmp_path: Path) -> 
 
 @ray
 def test_several_parts_are_sorted_across(ray_local: None, tmp_path: Path) -> None:
-    size = 2 * subset._ROWS_PER_PART + 1234
+    size = 2 * 10_000 + 1234
     source = np.random.default_rng(0)
     ratios = source.integers(0, 10_000, size) / 10_000
     ids = source.permutation(size)
     rows = [row(float(r), int(i)) for r, i in zip(ratios, ids, strict=True)]
     half = size // 2
-    plan, corpus = scored(tmp_path, [rows[:half], rows[half:]], unit_rows=40_000)
-    found, names = select_into(tmp_path, plan, corpus, fraction="1")
+    plan, corpus = scored(tmp_path, [rows[:half], rows[half:]], unit_rows=4_000)
+    found, names = select_into(tmp_path, plan, corpus, fraction="1", rows_per_part=10_000)
     assert [(p["path"], p["rows"]) for p in found.manifest["parts"]] == [
-        ("part-00000.parquet", 100_000),
-        ("part-00001.parquet", 100_000),
+        ("part-00000.parquet", 10_000),
+        ("part-00001.parquet", 10_000),
         ("part-00002.parquet", 1234),
     ]
     order = np.lexsort((ids, -ratios))
     assert names == [f"0:{i}" if i < half else f"1:{i - half}" for i in order]
-
-
-# Columns
-
-
-@ray
-def test_columns_and_types_are_kept(ray_local: None, tmp_path: Path) -> None:
-    from datetime import datetime
-
-    turns = pa.list_(pa.struct([("who", pa.string()), ("n", pa.int16())]))
-    schema = pa.schema(
-        [
-            ("output", pa.large_string()),
-            ("instruction", pa.dictionary(pa.int8(), pa.string())),
-            ("turns", turns),
-            ("floats", pa.list_(pa.float32())),
-            (
-                "meta",
-                pa.struct([("a", pa.struct([("b", pa.bool_())])), ("c", pa.decimal128(9, 2))]),
-            ),
-            ("when", pa.timestamp("us", "UTC")),
-            ("raw", pa.binary()),
-            ("kinds", pa.map_(pa.string(), pa.int32())),
-            ("a.dot", pa.uint8()),
-            ("nothing", pa.null()),
-            ("input", pa.string()),
-        ]
-    )
-
-    def value(n: int) -> dict[str, Any]:
-        return {
-            "output": f"out {n}",
-            "instruction": f"task {n % 3}" if n != 4 else f"only {n}",
-            "turns": [{"who": "x" * i, "n": i} for i in range(n % 3)] if n % 4 else None,
-            "floats": [n / 2, None],
-            "meta": {"a": {"b": n % 2 == 0}, "c": Decimal(n) / 4} if n % 5 else None,
-            "when": datetime.fromisoformat(f"2024-01-01T00:00:{n:02}+00:00"),
-            "raw": bytes([n, 0, 255]),
-            "kinds": [("k", n)],
-            "a.dot": n,
-            "nothing": None,
-            "input": None,
-        }
-
-    values = [value(n) for n in range(12)]
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for name, rows in (("a", values[:7]), ("b", values[7:])):
-        table = pa.Table.from_pylist(rows, schema=schema)
-        pq.write_table(table, folder / f"{name}.parquet", row_group_size=4)
-    ratios = [0.1, 0.9, 0.3, 0.8, 0.5, 0.7, 0.2, 0.65, 0.55, 0.45, 0.35, 0.25]
-    rows = [row(r, n) for n, r in enumerate(ratios)]
-    plan, corpus = plan_of(str(folder), tmp_path / "out", [rows[:7], rows[7:]])
-    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="0.75"), "fp")
-    table = read(found)
-    assert table.schema.remove_metadata() == pa.schema([*schema, *SELECTED])
-    best = sorted(range(12), key=lambda n: -ratios[n])[:9]
-    assert table.select(schema.names).to_pylist() == [values[n] for n in best]
-
-
-def write_and_open(folder: Path, *tables: pa.Table) -> Corpus:
-    folder.mkdir()
-    for number, table in enumerate(tables):
-        pq.write_table(table, folder / f"shard-{number}.parquet")
-    return open_corpus(InputConfig(path=str(folder)), str(folder.parent / "out"))
-
-
-TEXTS = {"instruction": ["a", "b"], "output": ["c", "d"]}
-
-
-@pytest.mark.parametrize("name", SELECTED.names)
-def test_reserved_column_is_refused(tmp_path: Path, name: str) -> None:
-    plain = pa.table(TEXTS)
-    corpus = write_and_open(tmp_path / "corpus", plain, plain.append_column(name, pa.array([1, 2])))
-    with pytest.raises(InputError) as caught:
-        subset.output_schema(corpus)
-    assert "shard-1.parquet" in str(caught.value)
-    assert f"'{name}'" in str(caught.value)
-
-
-@ray
-def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) -> None:
-    tables = [
-        pa.table(
-            {
-                **TEXTS,
-                "n": pa.array([1, None], pa.int32()),
-                "only_first": ["x", "y"],
-                "label": pa.nulls(2),
-                "more": pa.array([{"a": 1}, {"a": 2}]),
-            }
-        ),
-        pa.table(
-            {
-                "label": ["p", "q"],
-                "n": pa.array([2**40, 4], pa.int64()),
-                **TEXTS,
-                "more": pa.array([{"a": 3, "b": "z"}, None]),
-                "only_second": pa.array([[1], [2, 3]]),
-            }
-        ),
-    ]
-    write_and_open(tmp_path / "corpus", *tables)
-    rows = [[row(0.4, 1), row(0.3, 2)], [row(0.9, 3), row(0.1, 4)]]
-    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
-    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
-    table = read(found).drop(SELECTED.names)
-    assert table.schema.names == [
-        "instruction", "output", "n", "only_first", "label", "more", "only_second",
-    ]  # fmt: skip
-    assert table.schema.field("n").type == pa.int64()
-    assert table.drop(["instruction", "output"]).to_pydict() == {
-        "n": [2**40, 1, None, 4],
-        "only_first": [None, "x", "y", None],
-        "label": ["p", None, None, "q"],
-        "more": [{"a": 3, "b": "z"}, {"a": 1, "b": None}, {"a": 2, "b": None}, None],
-        "only_second": [[1], None, None, [2, 3]],
-    }
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (pa.array([1, 2]), pa.array(["x", "y"])),
-        (pa.array([1, 2]), pa.array([True, False])),
-        (pa.array([[1], [2]]), pa.array([{"a": 1}, {"a": 2}])),
-        (pa.array([{"a": 1}] * 2), pa.array([{"a": "x"}] * 2)),
-        (pa.array([0, 1], pa.timestamp("us")), pa.array([0, 1], pa.timestamp("us", "UTC"))),
-        (pa.array(["x", "y"]).dictionary_encode(), pa.array(["x", "y"])),
-    ],
-    ids=["int text", "int bool", "list struct", "in a struct", "time zone", "dictionary text"],
-)
-def test_types_that_do_not_go_together_name_both_shards(
-    tmp_path: Path, one: pa.Array, other: pa.Array
-) -> None:
-    tables = [pa.table(TEXTS), *(pa.table({**TEXTS, "odd": column}) for column in (one, other))]
-    corpus = write_and_open(tmp_path / "corpus", *tables)
-    with pytest.raises(InputError) as caught:
-        subset.output_schema(corpus)
-    said = str(caught.value)
-    assert "column 'odd'" in said
-    for shard in corpus.shards[1:]:
-        assert f"{shard.schema.field('odd').type} in shard {shard.url}" in said
-
-
-@ray
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (pa.array([1, 2**53 + 1]), pa.array([0.5, 1.5])),
-        (pa.array([1, 2]), pa.array([1, 2**64 - 1], pa.uint64())),
-    ],
-    ids=["int64 as float64", "uint64 as int64"],
-)
-def test_a_value_that_widening_would_change_is_refused(
-    ray_local: None, tmp_path: Path, one: pa.Array, other: pa.Array
-) -> None:
-    tables = [pa.table({**TEXTS, "odd": column}) for column in (one, other)]
-    write_and_open(tmp_path / "corpus", *tables)
-    rows = [[row(0.4, 1), row(0.3, 2)], [row(0.9, 3), row(0.1, 4)]]
-    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
-    with pytest.raises(InputError, match="column 'odd'") as caught:
-        select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
-    said = str(caught.value.cause)  # what the command line prints
-    assert said.startswith(f"shard {tmp_path}/corpus/shard-")
-    assert not (tmp_path / "out" / "LATEST.json").exists()
-
-
-@ray
-def test_reason_of_a_bad_line_is_no_column_of_the_output(ray_local: None, tmp_path: Path) -> None:
-    source = tmp_path / "corpus.jsonl"
-    good = [json.dumps({"instruction": f"0:{n}", "output": "x"}) for n in range(3)]
-    source.write_text("\n".join([*good[:2], "{not json", good[2]]) + "\n")
-    rows = [row(0.4, 1), row(0.3, 2), MALFORMED, row(0.9, 3)]
-    plan, corpus = plan_of(str(source), tmp_path / "out", [rows])
-    assert BAD_LINE in corpus.shards[0].schema.names
-    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
-    table = read(found)
-    assert table.schema.names == ["instruction", "output", *SELECTED.names]
-    assert table["instruction"].to_pylist() == ["0:2", "0:0", "0:1"]
 
 
 # Manifest and LATEST.json

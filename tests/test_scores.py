@@ -1,0 +1,107 @@
+"""Keys, bins, and which rows are eligible."""
+
+import math
+import struct
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scored_corpus import EDGES, FINITE, wanted
+
+from pipeline.config import Order
+from pipeline.scores import NUM_BINS, eligible_rows, encode, from_keys, tasks, to_bins, to_keys
+from pipeline.units import Plan
+
+
+def keys_of(*ratios: float, order: Order = "ascending") -> list[int]:
+    return to_keys(np.array(ratios, np.float64), order).tolist()
+
+
+def test_keys_by_hand() -> None:
+    ascending = [
+        0x400FFFFFFFFFFFFF,
+        0x8000000000000000,
+        0xBFF0000000000000,
+        0xFFF0000000000000,
+    ]
+    ratios = (-1.0, 0.0, 1.0, math.inf)
+    assert keys_of(*ratios) == ascending
+    assert keys_of(*ratios, order="descending") == [key ^ (2**64 - 1) for key in ascending]
+
+
+def test_bins_are_fine_where_ratios_lie() -> None:
+    bins = to_bins(to_keys(np.linspace(0.5, 1.0, 100_000, endpoint=False), "descending"))
+    assert np.unique(bins).size == 256
+    assert np.all(np.diff(bins) <= 0)
+    assert to_bins(np.array([0, 2**64 - 1], np.uint64)).tolist() == [0, NUM_BINS - 1]
+
+
+def test_zeros_have_one_key() -> None:
+    assert len(set(keys_of(0.0, -0.0))) == 1
+
+
+@given(st.lists(FINITE | EDGES | st.sampled_from([math.inf, -math.inf]), min_size=2))
+def test_keys_have_the_order_of_their_ratios(ratios: list[float]) -> None:
+    keys = keys_of(*ratios)
+    assert [k ^ (2**64 - 1) for k in keys] == keys_of(*ratios, order="descending")
+    for one, key in zip(ratios, keys, strict=True):
+        for other, other_key in zip(ratios, keys, strict=True):
+            assert (one < other) == (key < other_key)
+            assert (one == other) == (key == other_key)
+
+
+@given(st.lists(FINITE | EDGES), st.sampled_from(["ascending", "descending"]))
+def test_keys_turn_back_into_ratios(ratios: list[float], order: Order) -> None:
+    back = from_keys(to_keys(np.array(ratios, np.float64), order), order).tolist()
+    assert [struct.pack("d", r + 0.0) for r in ratios] == [struct.pack("d", r) for r in back]
+
+
+def part(*ratios: float | None, tokens: int = 5) -> pa.Table:
+    """Rows with status ok."""
+    return pa.table(
+        {
+            "status": pa.array(["ok"] * len(ratios)).dictionary_encode(),
+            "ifd_loss_ratio": pa.array(ratios, pa.float64()),
+            "num_response_tokens": pa.array([tokens] * len(ratios), pa.int32()),
+        }
+    )
+
+
+def test_what_is_no_number_is_never_eligible() -> None:
+    rows = part(0.5, math.nan, -math.nan, None, math.inf, -math.inf, 5e-324, -0.0)
+    anything = eligible_rows(rows, wanted(max_ifd=None))
+    assert anything.eligible.tolist() == [True, False, False, False, True, True, True, True]
+    assert anything.rejected == Counter(not_a_number=3)
+    under = eligible_rows(rows, wanted(max_ifd=1.0, min_ifd=0.0))
+    assert under.eligible.tolist() == [True, False, False, False, False, False, True, True]
+    assert under.rejected == Counter(not_a_number=3, at_or_over_max_ifd=1, under_min_ifd=1)
+
+
+def test_the_first_reason_counts() -> None:
+    scores = eligible_rows(part(1.5, math.nan, tokens=1), wanted(min_response_tokens=2))
+    assert scores.rejected == Counter(too_few_tokens=1, not_a_number=1)
+
+
+def test_codes_go_on_from_those_that_are_known() -> None:
+    codes: dict[str | None, int] = {"b": 0}
+    assert encode(pa.array(["a", None, "b", "a"]), codes).tolist() == [1, 2, 0, 1]
+    assert encode(pa.array([None, None], pa.string()), codes).tolist() == [2, 2]
+    assert codes == {"b": 0, "a": 1, None: 2}
+    assert encode(pa.array([], pa.string()), codes).tolist() == []
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([10], [1]), ([200_000] * 3, [2, 1])])
+def test_tasks_are_neighbouring_units(sizes: list[int], expected: list[int]) -> None:
+    class Sized:
+        def __init__(self, rows: int) -> None:
+            self.num_rows = rows
+
+    units: Any = tuple(Sized(rows) for rows in sizes)
+    cut = list(tasks(Plan(units, "scores", {})))
+    assert [len(task.units) for task in cut] == expected
+    assert [task.first_unit for task in cut] == [0, *np.cumsum(expected)[:-1].tolist()]
+    assert [unit for task in cut for unit in task.units] == list(units)

@@ -1,0 +1,379 @@
+"""The cherry subset: columns and types, formats, and what is read to write it."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scored_corpus import MALFORMED, plan_of, read, row, scored, select, select_into, wanted
+
+from pipeline.config import InputConfig
+from pipeline.errors import ConfigError, InputError
+from pipeline.inputs import Corpus, open_corpus
+from pipeline.schemas import BAD_LINE, SELECTED
+from pipeline.subset import output_schema
+
+ray = pytest.mark.ray
+
+
+@ray
+def test_columns_and_types_are_kept(ray_local: None, tmp_path: Path) -> None:
+    from datetime import datetime
+
+    turns = pa.list_(pa.struct([("who", pa.string()), ("n", pa.int16())]))
+    schema = pa.schema(
+        [
+            ("output", pa.large_string()),
+            ("instruction", pa.dictionary(pa.int8(), pa.string())),
+            ("turns", turns),
+            ("floats", pa.list_(pa.float32())),
+            (
+                "meta",
+                pa.struct([("a", pa.struct([("b", pa.bool_())])), ("c", pa.decimal128(9, 2))]),
+            ),
+            ("when", pa.timestamp("us", "UTC")),
+            ("raw", pa.binary()),
+            ("kinds", pa.map_(pa.string(), pa.int32())),
+            ("tags", pa.list_(pa.dictionary(pa.int16(), pa.string()))),
+            ("a.dot", pa.uint8()),
+            ("nothing", pa.null()),
+            ("input", pa.string()),
+        ]
+    )
+
+    def value(n: int) -> dict[str, Any]:
+        return {
+            "output": f"out {n}",
+            "instruction": f"task {n % 3}" if n != 4 else f"only {n}",
+            "turns": [{"who": "x" * i, "n": i} for i in range(n % 3)] if n % 4 else None,
+            "floats": [n / 2, None],
+            "meta": {"a": {"b": n % 2 == 0}, "c": Decimal(n) / 4} if n % 5 else None,
+            "when": datetime.fromisoformat(f"2024-01-01T00:00:{n:02}+00:00"),
+            "raw": bytes([n, 0, 255]),
+            "kinds": [("k", n)],
+            "tags": [f"tag {n}", "all"],
+            "a.dot": n,
+            "nothing": None,
+            "input": None,
+        }
+
+    values = [value(n) for n in range(12)]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name, rows in (("a", values[:7]), ("b", values[7:])):
+        table = pa.Table.from_pylist(rows, schema=schema)
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=4)
+    ratios = [0.1, 0.9, 0.3, 0.8, 0.5, 0.7, 0.2, 0.65, 0.55, 0.45, 0.35, 0.25]
+    rows = [row(r, n) for n, r in enumerate(ratios)]
+    plan, corpus = plan_of(str(folder), tmp_path / "out", [rows[:7], rows[7:]])
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="0.75"), "fp")
+    table = read(found)
+    assert table.schema.remove_metadata() == pa.schema([*schema, *SELECTED])
+    best = sorted(range(12), key=lambda n: -ratios[n])[:9]
+    assert table.select(schema.names).to_pylist() == [values[n] for n in best]
+
+
+def write_and_open(folder: Path, *tables: pa.Table) -> Corpus:
+    folder.mkdir(parents=True)
+    for number, table in enumerate(tables):
+        pq.write_table(table, folder / f"shard-{number}.parquet")
+    return open_corpus(InputConfig(path=str(folder)), str(folder.parent / "out"))
+
+
+TEXTS = {"instruction": ["a", "b"], "output": ["c", "d"]}
+
+
+@pytest.mark.parametrize("name", SELECTED.names)
+def test_reserved_column_is_refused(tmp_path: Path, name: str) -> None:
+    plain = pa.table(TEXTS)
+    corpus = write_and_open(tmp_path / "corpus", plain, plain.append_column(name, pa.array([1, 2])))
+    with pytest.raises(InputError) as caught:
+        output_schema(corpus, wanted())
+    assert "shard-1.parquet" in str(caught.value)
+    assert f"'{name}'" in str(caught.value)
+
+
+@ray
+def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) -> None:
+    tables = [
+        pa.table(
+            {
+                **TEXTS,
+                "n": pa.array([1, None], pa.int32()),
+                "only_first": ["x", "y"],
+                "label": pa.nulls(2),
+                "more": pa.array([{"a": 1}, {"a": 2}]),
+            }
+        ),
+        pa.table(
+            {
+                "label": ["p", "q"],
+                "n": pa.array([2**40, 4], pa.int64()),
+                **TEXTS,
+                "more": pa.array([{"a": 3, "b": "z"}, None]),
+                "only_second": pa.array([[1], [2, 3]]),
+            }
+        ),
+    ]
+    write_and_open(tmp_path / "corpus", *tables)
+    rows = [[row(0.4, 1), row(0.3, 2)], [row(0.9, 3), row(0.1, 4)]]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
+    table = read(found).drop(SELECTED.names)
+    assert table.schema.names == [
+        "instruction", "output", "n", "only_first", "label", "more", "only_second",
+    ]  # fmt: skip
+    assert table.schema.field("n").type == pa.int64()
+    assert table.drop(["instruction", "output"]).to_pydict() == {
+        "n": [2**40, 1, None, 4],
+        "only_first": [None, "x", "y", None],
+        "label": ["p", None, None, "q"],
+        "more": [{"a": 3, "b": "z"}, {"a": 1, "b": None}, {"a": 2, "b": None}, None],
+        "only_second": [[1], None, None, [2, 3]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.array([1, 2]), pa.array(["x", "y"])),
+        (pa.array([1, 2]), pa.array([True, False])),
+        (pa.array([[1], [2]]), pa.array([{"a": 1}, {"a": 2}])),
+        (pa.array([{"a": 1}] * 2), pa.array([{"a": "x"}] * 2)),
+        (pa.array([0, 1], pa.timestamp("us")), pa.array([0, 1], pa.timestamp("us", "UTC"))),
+        (pa.array(["x", "y"]).dictionary_encode(), pa.array(["x", "y"])),
+    ],
+    ids=["int text", "int bool", "list struct", "in a struct", "time zone", "dictionary text"],
+)
+def test_types_that_do_not_go_together_name_both_shards(
+    tmp_path: Path, one: pa.Array, other: pa.Array
+) -> None:
+    tables = [pa.table(TEXTS), *(pa.table({**TEXTS, "odd": column}) for column in (one, other))]
+    corpus = write_and_open(tmp_path / "corpus", *tables)
+    with pytest.raises(InputError) as caught:
+        output_schema(corpus, wanted())
+    said = str(caught.value)
+    assert "column 'odd'" in said
+    for shard in corpus.shards[1:]:
+        assert f"{shard.schema.field('odd').type} in shard {shard.url}" in said
+
+
+@ray
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.array([1, 2**53 + 1]), pa.array([0.5, 1.5])),
+        (pa.array([1, 2]), pa.array([1, 2**64 - 1], pa.uint64())),
+    ],
+    ids=["int64 as float64", "uint64 as int64"],
+)
+def test_a_value_that_widening_would_change_is_refused(
+    ray_local: None, tmp_path: Path, one: pa.Array, other: pa.Array
+) -> None:
+    tables = [pa.table({**TEXTS, "odd": column}) for column in (one, other)]
+    write_and_open(tmp_path / "corpus", *tables)
+    rows = [[row(0.4, 1), row(0.3, 2)], [row(0.9, 3), row(0.1, 4)]]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
+    with pytest.raises(InputError, match="column 'odd'") as caught:
+        select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
+    said = str(caught.value.cause)  # what the command line prints
+    assert said.startswith(f"shard {tmp_path}/corpus/shard-")
+    assert not (tmp_path / "out" / "LATEST.json").exists()
+
+
+@ray
+def test_reason_of_a_bad_line_is_no_column_of_the_output(ray_local: None, tmp_path: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    good = [json.dumps({"instruction": f"0:{n}", "output": "x"}) for n in range(3)]
+    source.write_text("\n".join([*good[:2], "{not json", good[2]]) + "\n")
+    rows = [row(0.4, 1), row(0.3, 2), MALFORMED, row(0.9, 3)]
+    plan, corpus = plan_of(str(source), tmp_path / "out", [rows])
+    assert BAD_LINE in corpus.shards[0].schema.names
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
+    table = read(found)
+    assert table.schema.names == ["instruction", "output", *SELECTED.names]
+    assert table["instruction"].to_pylist() == ["0:2", "0:0", "0:1"]
+
+
+def test_smallest_fraction_is_reserved_only_where_it_is_written(tmp_path: Path) -> None:
+    corpus = write_and_open(
+        tmp_path / "corpus", pa.table({**TEXTS, "smallest_fraction": [1, 2], "source": ["a", "b"]})
+    )
+    assert output_schema(corpus, wanted()).names[2] == "smallest_fraction"
+    several = wanted(group_by="source", fractions=["0.1", "0.2"])
+    with pytest.raises(InputError, match="'smallest_fraction'"):
+        output_schema(corpus, several)
+
+
+# Groups
+
+
+def test_a_column_of_groups_that_no_shard_has_is_named(tmp_path: Path) -> None:
+    corpus = write_and_open(tmp_path / "corpus", pa.table({**TEXTS, "language": ["en", "de"]}))
+    with pytest.raises(ConfigError, match="Did you mean 'language'"):
+        output_schema(corpus, wanted(group_by="languag"))
+    with pytest.raises(ConfigError, match="they have: instruction, output, language"):
+        output_schema(corpus, wanted(group_by="zzz"))
+
+
+@pytest.mark.parametrize(
+    "column", [pa.array([1.5, 2.5]), pa.array([[1], [2]]), pa.array([b"a", b"b"])], ids=str
+)
+def test_values_that_name_no_group_are_refused(tmp_path: Path, column: pa.Array) -> None:
+    corpus = write_and_open(tmp_path / "corpus", pa.table({**TEXTS, "odd": column}))
+    with pytest.raises(ConfigError, match="column 'odd' has type"):
+        output_schema(corpus, wanted(group_by="odd"))
+
+
+@ray
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (pa.array([7, None, 7]), ["7", None]),
+        (pa.array([True, False, None]), ["false", "true", None]),
+        (pa.array(["x", None, "y"]).dictionary_encode(), ["x", "y", None]),
+        (pa.array(["x", "[/b]", ""], pa.large_string()), ["", "[/b]", "x"]),
+    ],
+    ids=["int", "bool", "dictionary", "text"],
+)
+def test_groups_are_the_values_as_text(
+    ray_local: None, tmp_path: Path, column: pa.Array, names: list[str | None]
+) -> None:
+    texts = ["0:0", "0:1", "0:2"]
+    write_and_open(
+        tmp_path / "corpus", pa.table({"instruction": texts, "output": texts, "kind": column})
+    )
+    rows = [[row(0.4, 1), row(0.3, 2), row(0.2, 3)]]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
+    found, _ = select_into(tmp_path, plan, corpus, group_by="kind", count=1)
+    assert [group["group"] for group in found.manifest["groups"]] == names
+    assert found.manifest["selected_rows"] == len(names)
+
+
+@ray
+def test_a_quota_of_a_group_that_is_not_there_is_refused(ray_local: None, tmp_path: Path) -> None:
+    plan, corpus = scored(tmp_path, [[row(0.4, 1, group="web"), row(0.3, 2, group="code")]])
+    with pytest.raises(ConfigError, match=r"no group 'wbe' .it has 2: code, web"):
+        select_into(tmp_path, plan, corpus, group_by="source", quotas={"wbe": 1})
+
+
+# Formats
+
+
+CHAT = [
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Bye"},
+        {"role": "user", "content": "Still there?"},
+    ],
+    [{"role": "user", "content": "One\nline\u2028"}, {"role": "assistant", "content": "é"}],
+]
+
+
+def lines_of(found: Any) -> list[dict[str, Any]]:
+    """Every line of the output's parts, in order."""
+    lines = []
+    for part in found.manifest["parts"]:
+        text = Path(found.url, part["path"]).read_text(encoding="utf-8")
+        assert text.endswith("\n")
+        assert text.count("\n") == part["rows"]
+        lines += [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+    return lines
+
+
+def select_as(folder: Path, table: pa.Table, form: str) -> list[dict[str, Any]]:
+    """The lines of a corpus of one shard, all of it selected, the first row first."""
+    write_and_open(folder / "corpus", table)
+    rows = [row(0.9 - n / 100, n + 1) for n in range(len(table))]
+    plan, corpus = plan_of(str(folder / "corpus"), folder / "out", [rows])
+    found, _ = select(
+        plan, corpus, str(folder / "out"), wanted(fraction="1", format=form, rows_per_part=2), "fp"
+    )
+    lines = lines_of(found)
+    assert [line.pop("rank") for line in lines] == list(range(len(table)))
+    assert [line.pop("sample_id") for line in lines] == [f"{n + 1:032x}" for n in range(len(table))]
+    assert [line.pop("ifd_loss_ratio") for line in lines] == [r.ratio for r in rows]
+    assert [line.pop("ifd_ppl_ratio") for line in lines] == [-(r.ratio or 0) for r in rows]
+    return lines
+
+
+ALPACA = {"instruction": ["a", "b", "c"], "input": ["x", "", None], "output": ["1", "2", "3"]}
+
+
+@ray
+def test_alpaca_rows_as_trainers_read_them(ray_local: None, tmp_path: Path) -> None:
+    table = pa.table({**ALPACA, "other": [1, 2, 3]})
+    assert select_as(tmp_path / "alpaca", table, "alpaca_jsonl") == [
+        {"instruction": "a", "input": "x", "output": "1"},
+        {"instruction": "b", "input": "", "output": "2"},
+        {"instruction": "c", "input": "", "output": "3"},
+    ]
+    assert select_as(tmp_path / "messages", table, "messages_jsonl") == [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in (("a\nx", "1"), ("b", "2"), ("c", "3"))
+    ]
+    assert select_as(tmp_path / "own", table, "jsonl") == table.to_pylist()
+
+
+@ray
+def test_chats_as_trainers_read_them(ray_local: None, tmp_path: Path) -> None:
+    table = pa.table({"messages": CHAT})
+    assert select_as(tmp_path / "messages", table, "messages_jsonl") == [
+        {"messages": messages} for messages in CHAT
+    ]
+    assert select_as(tmp_path / "alpaca", table, "alpaca_jsonl") == [
+        {
+            "instruction": "And?", "input": "", "output": "Bye",
+            "system": "Be brief.", "history": [["Hi", "Hello"]],
+        },
+        {"instruction": "One\nline\u2028", "input": "", "output": "é"},
+    ]  # fmt: skip
+
+
+@ray
+def test_what_has_no_form_as_alpaca_is_refused(ray_local: None, tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": "a"}, *CHAT[1]]]
+    with pytest.raises(InputError) as caught:
+        select_as(tmp_path, pa.table({"messages": turns}), "alpaca_jsonl")
+    said = str(caught.value.cause)
+    assert said.startswith(
+        f"shard {tmp_path}/corpus/shard-0.parquet: a sample with the roles user,"
+    )
+    assert said.endswith("Set select.format: messages_jsonl.")
+    assert not (tmp_path / "out" / "LATEST.json").exists()
+
+
+# What is read
+
+
+@ray
+def test_row_groups_without_a_selected_row_are_not_read(ray_local: None, tmp_path: Path) -> None:
+    names = [f"0:{n}" for n in range(40)]
+    table = pa.table({"instruction": names, "output": names})
+    (tmp_path / "corpus").mkdir()
+    path = tmp_path / "corpus" / "shard-0.parquet"
+    pq.write_table(table, path, row_group_size=4, compression="none", use_dictionary=False)
+    ratios = [0.9 if 16 <= n < 20 else 0.5 - n / 100 for n in range(40)]
+    rows = [[row(ratio, n) for n, ratio in enumerate(ratios)]]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows, unit_rows=10)
+    groups = pq.ParquetFile(path).metadata
+    data = bytearray(path.read_bytes())
+    for number in range(groups.num_row_groups):
+        if number != 4:  # whoever reads another finds that it is broken
+            for column in range(2):
+                chunk = groups.row_group(number).column(column)
+                start = chunk.data_page_offset
+                data[start : start + chunk.total_compressed_size] = bytes(
+                    chunk.total_compressed_size
+                )
+    path.write_bytes(data)
+    _, chosen = select_into(tmp_path, plan, corpus, count=4)
+    assert chosen == names[16:20]
+    with pytest.raises(Exception, match=r"Couldn.t deserialize|Corrupt|cannot be read"):
+        select_into(tmp_path, plan, corpus, count=5)
