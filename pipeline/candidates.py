@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.schemas import ids_of
+from pipeline.scores import Keys, Mask, Positions, Scores, Task
+
 Candidates = npt.NDArray[Any]
-Mask = npt.NDArray[np.bool_]
-Positions = npt.NDArray[np.int64]
 
 CANDIDATE = np.dtype(
     [
@@ -24,25 +25,31 @@ RANK = ("key", "id_high", "id_low", "unit", "row")
 """What rows are ranked by: ties of the ratio go by sample_id, then shard and row."""
 
 
-def make(
-    keys: npt.NDArray[np.uint64],
-    ids: npt.NDArray[np.bytes_],
-    rows: Positions,
-    unit: int,
-    groups: Positions | int,
-) -> Candidates:
-    """Candidates of one unit, from its columns."""
-    found = np.empty(len(keys), CANDIDATE)
+def make(task: Task, scores: Scores, at: Positions, keys: Keys) -> Candidates:
+    """Rows of a task as candidates, sorted by rank.
+
+    Args:
+        task: Whose parts were read.
+        scores: From `read_scores`, with sample_id.
+        at: Numbers of the rows.
+        keys: Of these rows.
+    """
+    order = np.argsort(keys)  # almost all of the work, while a row is eight bytes
+    at, keys = at[order], keys[order]
+    ids = ids_of(scores.table["sample_id"])[at]
+    found = np.empty(len(at), CANDIDATE)
     found["key"] = keys
     found["id_high"], found["id_low"] = ids.view(">u8").reshape(-1, 2).T
-    found["row"] = rows
-    found["unit"] = unit
-    found["group"] = groups
-    return found
+    found["unit"], found["row"] = task.locate(at)
+    found["group"] = scores.groups[at]
+    return in_order(found)
 
 
 def in_order(rows: Candidates) -> Candidates:
     """Sorted by rank."""
+    keys = rows["key"]
+    if np.all(keys[1:] > keys[:-1]):
+        return rows
     return rows[_order(rows, RANK)]
 
 

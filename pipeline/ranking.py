@@ -24,21 +24,18 @@ from pipeline import candidates
 from pipeline.budgets import Rows, SelectSettings
 from pipeline.candidates import CANDIDATE, Candidates
 from pipeline.config import Order
-from pipeline.schemas import ids_of
 from pipeline.scores import (
+    END_OF_KEYS,
     Keys,
     Task,
-    eligible_rows,
-    encode,
+    first_keys,
     from_keys,
-    read_groups,
     read_scores,
-    score_columns,
     tasks,
     to_bins,
     to_keys,
 )
-from pipeline.survey import Survey
+from pipeline.survey import Kept, Survey
 from pipeline.units import Plan
 
 _ROWS_PER_RANGE = 1 << 20
@@ -67,53 +64,71 @@ class Ranking:
     """By group: copies that rank ahead of the last row, passed over."""
 
 
-def rank(plan: Plan, settings: SelectSettings, survey: Survey, asked: Rows) -> Ranking:
+def rank(plan: Plan, settings: SelectSettings, survey: Survey, kept: Refs, asked: Rows) -> Ranking:
     """Rank the rows of a plan, down to the budgets.
 
     Args:
         plan: Whose parts are there.
         settings: Of the selection.
-        survey: Of the same parts.
+        survey: Of the same parts, from `survey_parts`.
+        kept: Likewise.
         asked: Rows asked for, by (level, group), from `asked_rows`.
     """
     find = _unique_runs if settings.duplicates == "drop" else _plain_runs
-    runs, copies = find(_Search(plan, settings, survey), asked[-1])
+    runs, copies = find(_Search(plan, settings, survey, kept), asked[-1])
     ranges = _arrange_runs(runs, len(survey.groups))
     return _keep_ranges(ranges, copies, settings, asked)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Sorted candidates in the object store."""
+
+    rows: Any
+    outline: Any
+    """How many they are, and some of them at equal distances: from these, ranges are cut."""
 
 
 class _Search:
     """Passes over the parts of a plan, each down to a bin of every group."""
 
-    def __init__(self, plan: Plan, settings: SelectSettings, survey: Survey) -> None:
+    def __init__(self, plan: Plan, settings: SelectSettings, survey: Survey, kept: Refs) -> None:
         self.survey = survey
-        self._plan = plan
+        self.tasks = list(tasks(plan))
+        self._kept = kept
         self._settings = settings
-        self._last_key = np.array([np.iinfo(np.uint64).max], np.uint64)
+        self._end = END_OF_KEYS
         if settings.threshold is not None:
-            self._last_key = to_keys(np.array([settings.threshold]), settings.order)
+            self._end = to_keys(np.array([settings.threshold]), settings.order)[0] + np.uint64(1)
 
     def bins_holding(self, wanted: Rows) -> Rows:
         """As the survey's, but not beyond the threshold."""
-        return np.minimum(self.survey.bins_holding(wanted), to_bins(self._last_key))
+        last = to_bins(np.array([self._end - np.uint64(1)]))
+        return np.minimum(self.survey.bins_holding(wanted), last)
 
-    def gather(self, after: Rows, up_to: Rows, num_shares: int) -> list[Refs]:
-        """Candidates of each task in bins after..up_to, one list of references per task.
+    def gather(self, after: Rows, up_to: Rows, num_shares: int, step: int) -> list[list[Any]]:
+        """Look for candidates in bins after..up_to of each group.
 
-        Each is `num_shares` sorted arrays by sample_id, and one of copies that were left out.
+        Returns:
+            Of each task: references to sorted candidates by share of the sample ids, to the copies
+            that were left out, and to an outline of the first share.
         """
-        job: Any = _gather.options(num_returns=num_shares + 1)
-        args = (self._settings, self.survey.groups, after, up_to, self._last_key, num_shares)
-        return [job.remote(task, *args) for task in tasks(self._plan)]
+        job: Any = _gather.options(num_returns=num_shares + 2)
+        first, end = first_keys(after + 1), np.minimum(first_keys(up_to + 1), self._end)
+        args = (self._settings, self.survey.groups, first, end, num_shares, step)
+        return [
+            job.remote(task, kept, *args) for task, kept in zip(self.tasks, self._kept, strict=True)
+        ]
 
 
-def _plain_runs(search: _Search, asked: Rows) -> tuple[Refs, Refs]:
+def _plain_runs(search: _Search, asked: Rows) -> tuple[list[_Run], Refs]:
     """Sorted runs of candidates, copies and all."""
     up_to = search.bins_holding(asked)
-    return [run for run, _ in search.gather(np.full_like(up_to, -1), up_to, 1)], []
+    gathered = search.gather(np.full_like(up_to, -1), up_to, 1, _step(len(search.tasks)))
+    return [_Run(rows, outline) for rows, _, outline in gathered], []
 
 
-def _unique_runs(search: _Search, asked: Rows) -> tuple[Refs, Refs]:
+def _unique_runs(search: _Search, asked: Rows) -> tuple[list[_Run], Refs]:
     """Sorted runs of candidates with different sample ids; and the copies that were left out.
 
     Which copy of a sample counts does not depend on the quotas: rows of all groups are looked at
@@ -124,19 +139,21 @@ def _unique_runs(search: _Search, asked: Rows) -> tuple[Refs, Refs]:
     looked, limit, passes = -1, int(search.bins_holding(asked).max()), 0
     unique = np.zeros_like(asked)
     num_shares = _num_ranges(survey.rows_up_to(limit).sum())
-    runs: list[Refs] = [[] for _ in range(num_shares)]
+    runs: list[list[_Run]] = [[] for _ in range(num_shares)]
     copies: Refs = []
     while limit > looked:
-        gathered = search.gather(everywhere * looked, everywhere * limit, num_shares)
-        shares = zip(*gathered, strict=True)
+        gathered = search.gather(everywhere * looked, everywhere * limit, num_shares, 1 << 62)
         counts = []
-        for share, found in zip(runs, shares, strict=False):
-            job: Any = _unique.options(num_returns=3)
-            first, later, count = job.remote(len(asked), len(share), *share, *found)
-            share.append(first)
+        for share, found in zip(runs, zip(*gathered, strict=True), strict=False):
+            job: Any = _unique.options(num_returns=4)
+            known = [run.rows for run in share]
+            rows, later, outline, count = job.remote(
+                len(asked), _step(4 * num_shares), len(known), *known, *found
+            )
+            share.append(_Run(rows, outline))
             copies.append(later)
             counts.append(count)
-        copies += [found[-1] for found in gathered]
+        copies += [found[num_shares] for found in gathered]
         unique += np.sum(ray.get(counts), axis=0)
         looked, passes = limit, passes + 1
         short = (unique < asked) & (last > looked)
@@ -149,22 +166,25 @@ def _unique_runs(search: _Search, asked: Rows) -> tuple[Refs, Refs]:
     return [run for share in runs for run in share], copies
 
 
-def _arrange_runs(runs: Refs, num_groups: int) -> list[tuple[Any, Rows]]:
+def _arrange_runs(runs: list[_Run], num_groups: int) -> list[tuple[Any, Rows]]:
     """Ranges of ranks in their order: a reference to the sorted rows, and rows by group."""
-    lengths = ray.get([_length.remote(run) for run in runs])
-    num_ranges = _num_ranges(sum(lengths))
-    pieces: list[Sequence[Any]] = [runs]
+    outlines = ray.get([run.outline for run in runs])
+    num_ranges = _num_ranges(sum(length for length, _ in outlines))
+    pieces: list[Sequence[Any]] = [[run.rows for run in runs]]
     if num_ranges > 1:
-        step = max(1, _ROWS_PER_RANGE // (8 * len(runs)))  # at most an eighth of a range too many
-        samples = np.concatenate(ray.get([_sample.remote(run, step) for run in runs]))
-        at = np.arange(1, num_ranges) * len(samples) // num_ranges
-        ends = candidates.in_order(samples)[at]
+        samples = candidates.in_order(np.concatenate([some for _, some in outlines]))
+        ends = samples[np.arange(1, num_ranges) * len(samples) // num_ranges]
         scatter: Any = _scatter.options(num_returns=num_ranges)
-        pieces = list(zip(*[scatter.remote(run, ends) for run in runs], strict=True))
+        pieces = list(zip(*[scatter.remote(run.rows, ends) for run in runs], strict=True))
     arrange: Any = _arrange.options(num_returns=2)
     arranged = [arrange.remote(num_groups, *some) for some in pieces]
     counts = ray.get([count for _, count in arranged])
     return [(ranked, count) for (ranked, _), count in zip(arranged, counts, strict=True)]
+
+
+def _step(num_runs: int) -> int:
+    """Distance of the rows in an outline: no range gets more than an eighth too many."""
+    return max(1, _ROWS_PER_RANGE // (8 * num_runs))
 
 
 def _keep_ranges(
@@ -213,59 +233,48 @@ def _num_ranges(num_rows: int) -> int:
 @ray.remote
 def _gather(
     task: Task,
+    kept: Kept,
     settings: SelectSettings,
     groups: tuple[str | None, ...],
-    after: Rows,
-    up_to: Rows,
-    last_key: Keys,
+    first_keys: Keys,
+    end_keys: Keys,
     num_shares: int,
-) -> tuple[Candidates, ...]:
-    found = [np.empty(0, CANDIDATE)]
-    codes = {group: code for code, group in enumerate(groups)}
-    parts = read_scores(task, score_columns(settings, "sample_id", "row_index"))
-    for index, (unit, part) in enumerate(zip(task.units, parts, strict=True), task.first_unit):
-        scores = eligible_rows(part, settings)
-        rows = np.flatnonzero(scores.eligible)
-        keys = to_keys(scores.ratios[rows], settings.order)
-        group: Rows | int = 0
-        if settings.group_by:
-            group = encode(read_groups(unit, settings.group_by), codes)[rows]
-        bins = to_bins(keys)
-        inside = (bins > after[group]) & (bins <= up_to[group]) & (keys <= last_key)
-        rows, keys = rows[inside], keys[inside]
-        group = group[inside] if isinstance(group, np.ndarray) else group
-        ids = ids_of(part["sample_id"])[rows]
-        found.append(candidates.make(keys, ids, rows + unit.start, index, group))
-    ranked = candidates.in_order(np.concatenate(found))
+    step: int,
+) -> tuple[Any, ...]:
+    if end_keys.max() <= kept.end_key:
+        ranked = kept.rows[slice(*np.searchsorted(kept.rows["key"], [first_keys[0], end_keys[0]]))]
+    else:
+        codes = {group: code for code, group in enumerate(groups)}
+        scores = read_scores(task, settings, codes, "sample_id")
+        at = np.flatnonzero(scores.eligible)
+        keys, group = to_keys(scores.ratios[at], settings.order), scores.groups[at]
+        inside = np.flatnonzero((keys >= first_keys[group]) & (keys < end_keys[group]))
+        ranked = candidates.make(task, scores, at[inside], keys[inside])
     if settings.duplicates == "keep":
-        return ranked, ranked[:0]
+        return ranked, ranked[:0], _outline(ranked, step)
     first = candidates.first_copies(ranked)
     unique, copies = ranked[first], ranked[~first]
     share = ((unique["id_high"] >> np.uint64(32)) * np.uint64(num_shares)) >> np.uint64(32)
-    return *(unique[share == number] for number in range(num_shares)), copies
+    shares = [unique[share == number] for number in range(num_shares)]
+    return *shares, copies, _outline(shares[0], step)
 
 
 @ray.remote
 def _unique(
-    num_groups: int, num_earlier: int, *runs: Candidates
-) -> tuple[Candidates, Candidates, Rows]:
-    """First copies among the rows of a share; those of the first `num_earlier` runs are known."""
-    num_known = sum(len(run) for run in runs[:num_earlier])
+    num_groups: int, step: int, num_known: int, *runs: Candidates
+) -> tuple[Candidates, Candidates, tuple[int, Candidates], Rows]:
+    """First copies among the rows of a share; those of the first `num_known` runs are known."""
+    start = sum(len(run) for run in runs[:num_known])
     rows = candidates.in_order(np.concatenate(runs))  # those that are known rank ahead of the rest
     first = candidates.first_copies(rows)
-    new, first = rows[num_known:], first[num_known:]
-    unique = new[first]
-    return unique, new[~first], np.bincount(unique["group"], minlength=num_groups)
+    rows, first = rows[start:], first[start:]
+    unique = rows[first]
+    counts = np.bincount(unique["group"], minlength=num_groups)
+    return unique, rows[~first], _outline(unique, step), counts
 
 
-@ray.remote
-def _length(run: Candidates) -> int:
-    return len(run)
-
-
-@ray.remote
-def _sample(run: Candidates, step: int) -> Candidates:
-    return run[step // 2 :: step]
+def _outline(run: Candidates, step: int) -> tuple[int, Candidates]:
+    return len(run), run[step // 2 :: step].copy()
 
 
 @ray.remote
@@ -297,9 +306,11 @@ def _keep(
     chosen["row"], chosen["unit"], chosen["level"] = rows["row"], rows["unit"], levels
     last, found = np.zeros(asked.shape, CANDIDATE), np.zeros(asked.shape, np.bool_)
     for level in range(len(asked)):
-        some = rows[levels <= level]
-        last[level][some["group"]] = some  # the last one stays
-        found[level][some["group"]] = True
+        some = np.flatnonzero(levels <= level)
+        at = np.full(asked.shape[1], -1)
+        at[rows["group"][some]] = some  # the last one stays
+        found[level] = at >= 0
+        last[level][found[level]] = rows[at[found[level]]]
     return chosen, (last, found)
 
 
@@ -336,9 +347,10 @@ def _levels(ranked: Candidates, starts: Rows, asked: Rows) -> Rows:
         asked: By (level, group).
     """
     group = ranked["group"]
-    order = np.argsort(group, kind="stable")
-    before = np.searchsorted(group[order], np.arange(len(starts)))
-    place = np.empty(len(ranked), np.int64)
-    place[order] = np.arange(len(ranked)) - before[group[order]]
+    place = np.arange(len(ranked))
+    if len(starts) > 1:  # its place among the rows of its group
+        order = np.argsort(group, kind="stable")
+        before = np.searchsorted(group[order], np.arange(len(starts)))
+        place[order] = place - before[group[order]]
     place += starts[group]
     return np.asarray((place >= asked[:, group]).sum(axis=0))

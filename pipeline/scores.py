@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.budgets import SelectSettings
@@ -22,13 +21,17 @@ from pipeline.rows import read_rows
 from pipeline.units import Plan, Unit
 
 Keys = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+Positions = npt.NDArray[np.int64]
 
 NUM_BINS = 1 << 20
 _BIN_SHIFT = np.uint64(44)
 _SIGN = np.uint64(1 << 63)
+END_OF_KEYS = np.uint64((1 << 64) - 1)
+"""Above the key of any ratio: the last ones would be NaN."""
 
 _READERS = 8
-_ROWS_PER_TASK = 250_000
+_ROWS_PER_TASK = 500_000
 _MOST_TASKS = 512
 
 
@@ -40,8 +43,8 @@ def to_keys(ratios: npt.NDArray[np.float64], order: Order) -> Keys:
     descending order all of it is complemented.
     """
     assert not np.isnan(ratios).any()
-    bits = (ratios + 0.0).view(np.uint64)
-    ascending = np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    bits = (ratios + 0.0).view(np.int64)
+    ascending = bits.view(np.uint64) ^ ((bits >> 63).view(np.uint64) | _SIGN)
     return ascending if order == "ascending" else ~ascending
 
 
@@ -49,6 +52,11 @@ def from_keys(keys: Keys, order: Order) -> npt.NDArray[np.float64]:
     """The inverse of `to_keys`."""
     ascending = keys if order == "ascending" else ~keys
     return np.where(ascending & _SIGN, ascending ^ _SIGN, ~ascending).view(np.float64)
+
+
+def first_keys(bins: npt.NDArray[np.int64]) -> Keys:
+    """The smallest key of each bin; no ratio is in the last one, so that the next has one too."""
+    return bins.astype(np.uint64) << _BIN_SHIFT
 
 
 def to_bins(keys: Keys) -> npt.NDArray[np.int64]:
@@ -65,9 +73,22 @@ class Task:
     units: tuple[Unit, ...]
     scores_url: str
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all units."""
+        return sum(unit.num_rows for unit in self.units)
+
+    def locate(self, at: Positions) -> tuple[Positions, Positions]:
+        """Unit (its index in the plan) and row in the shard, of rows of the task by number."""
+        sizes = np.array([unit.num_rows for unit in self.units])
+        ends = np.cumsum(sizes)
+        unit = np.searchsorted(ends, at, side="right")
+        offsets = np.array([unit.start for unit in self.units]) - (ends - sizes)
+        return unit + self.first_unit, at + offsets[unit]
+
 
 def tasks(plan: Plan) -> Iterator[Task]:
-    """Cut a plan into tasks of about 250,000 rows; larger ones where there would be over 512."""
+    """Cut a plan into tasks of about 500,000 rows; larger ones where there would be over 512."""
     rows_per_task = max(_ROWS_PER_TASK, plan.num_rows // _MOST_TASKS)
     first = num_rows = 0
     for index, unit in enumerate(plan.units, start=1):
@@ -77,16 +98,79 @@ def tasks(plan: Plan) -> Iterator[Task]:
             first, num_rows = index, 0
 
 
-def read_scores(task: Task, columns: Sequence[str]) -> Iterator[pa.Table]:
+@dataclass(frozen=True)
+class Scores:
+    """The rows of a task, part after part. Arrays are by row."""
+
+    rows_by_status: Counter[str]
+    ok: Mask
+    eligible: Mask
+    rejected: Counter[str]
+    """Rows with status ok that are not eligible, by the first reason that holds."""
+    ratios: npt.NDArray[np.float64]
+    """NaN where there is none."""
+    groups: Positions
+    """Codes, as `codes` said when they were read; all 0 without `group_by`."""
+    table: pa.Table
+
+
+def read_scores(
+    task: Task, settings: SelectSettings, codes: dict[str | None, int], *more: str
+) -> Scores:
+    """Read what a selection goes by.
+
+    Args:
+        task: Which parts.
+        settings: Say which ratio counts, and which rows are eligible.
+        codes: By value of `group_by`; values that have none yet get the next ones.
+        *more: Further columns of the parts, for `table`.
+
+    Raises:
+        InputError: A part is missing or cannot be read.
+    """
+    tokens = ["num_response_tokens"] if settings.min_response_tokens > 1 else []
+    table = read_columns(task, ["status", settings.by, *tokens, *more])
+    status = table["status"].combine_chunks()
+    names = status.dictionary.to_pylist()
+    status_of_row = status.indices.to_numpy()
+    counts = np.bincount(status_of_row, minlength=len(names)).tolist()
+    ratios = table[settings.by].to_numpy()
+    ok = eligible = status_of_row == (names.index("ok") if "ok" in names else -1)
+    rejected: Counter[str] = Counter()
+    for reason, hit in _rules(table, ratios, settings):
+        if count := int(np.count_nonzero(eligible & hit)):
+            rejected[reason] = count
+        eligible = eligible & ~hit
+    if settings.group_by:
+        groups = pa.chunked_array([read_groups(u, settings.group_by) for u in task.units])
+        group_of_row = encode(groups.combine_chunks(), codes)
+    else:
+        group_of_row = np.broadcast_to(np.int64(0), len(table))
+    return Scores(
+        rows_by_status=Counter({n: c for n, c in zip(names, counts, strict=True) if c}),
+        ok=ok,
+        eligible=eligible,
+        rejected=rejected,
+        ratios=ratios,
+        groups=group_of_row,
+        table=table,
+    )
+
+
+def read_columns(task: Task, columns: Sequence[str]) -> pa.Table:
     """Columns of the task's parts, in order; several are read at a time, which is mostly waiting.
 
     Raises:
         InputError: A part is missing or cannot be read.
     """
     urls = [unit.part_url(task.scores_url) for unit in task.units]
-    readers = 1 if storage.is_local(task.scores_url) else _READERS
-    with ThreadPoolExecutor(max_workers=readers) as pool:
-        yield from pool.map(partial(_read_part, columns=columns), urls)
+    read = partial(_read_part, columns=columns)
+    if storage.is_local(task.scores_url):
+        parts = [read(url) for url in urls]
+    else:
+        with ThreadPoolExecutor(max_workers=_READERS) as pool:
+            parts = list(pool.map(read, urls))
+    return pa.concat_tables(parts).unify_dictionaries()
 
 
 def read_groups(unit: Unit, column: str) -> pa.Array:
@@ -97,56 +181,26 @@ def read_groups(unit: Unit, column: str) -> pa.Array:
     return rows[column].cast(pa.string()).combine_chunks()
 
 
-def score_columns(settings: SelectSettings, *more: str) -> list[str]:
-    """Columns of a part that say whether a row is eligible, and others."""
-    tokens = ["num_response_tokens"] if settings.min_response_tokens > 1 else []
-    return ["status", settings.by, *tokens, *more]
-
-
-@dataclass(frozen=True)
-class Eligibility:
-    """Which rows of a part may be selected. Arrays are by row."""
-
-    ok: npt.NDArray[np.bool_]
-    eligible: npt.NDArray[np.bool_]
-    ratios: npt.NDArray[np.float64]
-    """NaN where there is none."""
-    rejected: Counter[str]
-    """Rows with status ok that are not eligible, by the first reason that holds."""
-
-
-def eligible_rows(part: pa.Table, settings: SelectSettings) -> Eligibility:
-    """Tell which rows of a part may be selected; a ratio that is NaN never may."""
-    ratios = part[settings.by].to_numpy()
-    ok = eligible = pc.equal(part["status"], "ok").to_numpy()
-    rejected: Counter[str] = Counter()
-    rules = [("not_a_number", np.isnan(ratios))]
-    if settings.min_response_tokens > 1:  # a row with status ok has at least one
-        tokens = part["num_response_tokens"].to_numpy()
-        rules.append(("too_few_tokens", tokens < settings.min_response_tokens))
-    if settings.max_ifd is not None:
-        rules.append(("at_or_over_max_ifd", ratios >= settings.max_ifd))
-    if settings.min_ifd is not None:
-        rules.append(("under_min_ifd", ratios < settings.min_ifd))
-    for reason, hit in rules:
-        if count := int(np.count_nonzero(eligible & hit)):
-            rejected[reason] = count
-        eligible = eligible & ~hit
-    return Eligibility(ok, eligible, ratios, rejected)
-
-
-def count_values(column: pa.ChunkedArray) -> Counter[str]:
-    """How often each value occurs."""
-    counts = pc.value_counts(column).to_pylist()
-    return Counter({each["values"]: each["counts"] for each in counts})
-
-
-def encode(groups: pa.Array, codes: dict[str | None, int]) -> npt.NDArray[np.int64]:
+def encode(groups: pa.Array, codes: dict[str | None, int]) -> Positions:
     """The code of each value; values that have none yet get the next ones."""
     encoded = groups.dictionary_encode(null_encoding="encode")
     values = encoded.dictionary.to_pylist()
     code_of = np.array([codes.setdefault(v, len(codes)) for v in values], np.int64)
     return np.asarray(code_of[encoded.indices.to_numpy()])
+
+
+def _rules(
+    table: pa.Table, ratios: npt.NDArray[np.float64], settings: SelectSettings
+) -> Iterator[tuple[str, Mask]]:
+    """Why a row with status ok is not eligible, and which rows that is true of."""
+    yield "not_a_number", np.isnan(ratios)
+    if settings.min_response_tokens > 1:  # a row with status ok has at least one
+        tokens = table["num_response_tokens"].to_numpy()
+        yield "too_few_tokens", tokens < settings.min_response_tokens
+    if settings.max_ifd is not None:
+        yield "at_or_over_max_ifd", ratios >= settings.max_ifd
+    if settings.min_ifd is not None:
+        yield "under_min_ifd", ratios < settings.min_ifd
 
 
 def _read_part(url: str, columns: Sequence[str]) -> pa.Table:

@@ -74,10 +74,10 @@ def select(
     if storage.exists(manifest_url):
         manifest = json.loads(storage.read_bytes(manifest_url))
     else:
-        survey = survey_parts(plan, settings)
+        survey, kept = survey_parts(plan, settings)
         of = {"all": survey.rows, "scored": survey.scored, "eligible": survey.eligible}
         asked = asked_rows(settings, survey.groups, of[settings.of], survey.eligible)
-        ranking = rank(plan, settings, survey, asked)
+        ranking = rank(plan, settings, survey, kept, asked)
         parts = write_subset(plan, corpus, ranking, settings, schema, url)
         manifest = {
             "score_fingerprint": score_fp,

@@ -22,6 +22,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
@@ -178,10 +179,10 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
     fs, path = filesystem(url)
     with reading(url):
         # pyarrow asks for exact ranges and coalesces them: a read-ahead cache would only add bytes.
-        handle = fs.open(path, "rb", **({} if _local(fs) else {"cache_type": "none"}))
+        handle = pa.OSFile(path) if _local(fs) else fs.open(path, "rb", cache_type="none")
     with handle, reading(url):
         try:
-            parquet = pq.ParquetFile(handle, pre_buffer=True)
+            parquet = pq.ParquetFile(handle, pre_buffer=not _local(fs))
         except (ValueError, OSError) as err:
             # pyarrow's own are plain OSErrors without a number; the others are of the storage.
             if isinstance(err, OSError) and (type(err) is not OSError or err.errno is not None):

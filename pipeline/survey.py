@@ -1,26 +1,27 @@
 """The survey: what one pass over the parts says of a corpus, group by group."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 
+from pipeline import candidates
 from pipeline.budgets import Rows, SelectSettings
+from pipeline.candidates import CANDIDATE, Candidates
 from pipeline.scores import (
+    END_OF_KEYS,
     NUM_BINS,
     Keys,
     Task,
-    count_values,
-    eligible_rows,
-    encode,
     from_keys,
-    read_groups,
     read_scores,
-    score_columns,
     tasks,
     to_bins,
     to_keys,
@@ -28,6 +29,8 @@ from pipeline.scores import (
 from pipeline.units import Plan
 
 _EXTREMES = 5
+_KEEP_MORE, _KEEP_LEAST = 1.25, 1000
+"""Where shards differ no more than that, and hold no more copies, no part is read twice."""
 
 Extreme = tuple[float, int, int]
 """(ratio, unit, row) of one row."""
@@ -78,48 +81,70 @@ class Survey:
         return found
 
 
-def survey_parts(plan: Plan, settings: SelectSettings) -> Survey:
-    """Look at every part once, in Ray tasks."""
-    return _merge(ray.get([_survey.remote(task, settings) for task in tasks(plan)]))
+@dataclass(frozen=True)
+class Kept:
+    """Candidates that a task kept while it looked at its parts: all that rank ahead of a key."""
+
+    rows: Candidates
+    """Sorted."""
+    end_key: np.uint64
+
+
+def survey_parts(plan: Plan, settings: SelectSettings) -> tuple[Survey, list[Any]]:
+    """Look at every part once, in Ray tasks.
+
+    Returns:
+        The survey, and of each task a reference to what it kept, so that most parts need no second
+        look: somewhat more than its share of the rows that are asked for.
+    """
+    share = 0.0
+    if not settings.group_by and settings.threshold is None:
+        count = settings.count or 0
+        share = max([count / max(1, plan.num_rows), *map(float, settings.fractions)])
+    job: Any = _survey.options(num_returns=2)
+    jobs = []
+    for task in tasks(plan):
+        most = math.ceil(_KEEP_MORE * share * task.num_rows) + _KEEP_LEAST if share else 0
+        jobs.append(job.remote(task, settings, most))
+    return _merge(ray.get([survey for survey, _ in jobs])), [kept for _, kept in jobs]
 
 
 @ray.remote
-def _survey(task: Task, settings: SelectSettings) -> Survey:
+def _survey(task: Task, settings: SelectSettings, most: int) -> tuple[Survey, Kept]:
     """Look at the parts of one task."""
-    rows_by_status: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
     codes: dict[str | None, int] = {} if settings.group_by else {None: 0}
-    columns: list[tuple[Rows, Rows, Rows, Keys, Rows, Rows]] = []
-    parts = read_scores(task, score_columns(settings))
-    for index, (unit, part) in enumerate(zip(task.units, parts, strict=True), task.first_unit):
-        rows_by_status += count_values(part["status"])
-        scores = eligible_rows(part, settings)
-        rejected += scores.rejected
-        code = np.zeros(len(part), np.int64)
-        if settings.group_by:
-            code = encode(read_groups(unit, settings.group_by), codes)
-        at = np.flatnonzero(scores.eligible)
-        keys = to_keys(scores.ratios[at], settings.order)
-        where = np.full(len(at), index), at + unit.start
-        columns.append((code, code[scores.ok], code[at], keys, *where))
-    code, code_of_ok, code_of_eligible, keys, units, rows = map(
-        np.concatenate, zip(*columns, strict=True)
-    )
-    ratios = from_keys(keys, settings.order)
+    scores = read_scores(task, settings, codes, *(["sample_id"] if most else []))
+    at = np.flatnonzero(scores.eligible)
+    keys = to_keys(scores.ratios[at], settings.order)
+    numbers = scores.groups[at] * NUM_BINS + to_bins(keys)
     first, last = (
-        [(float(ratios[i]), int(units[i]), int(rows[i])) for i in _first(some).tolist()]
-        for some in (keys, ~keys)
+        _rows_at(task, at[places], from_keys(keys[places], settings.order))
+        for places in (_first(keys), _first(~keys))
     )
-    return Survey(
+    survey = Survey(
         groups=tuple(codes),
-        rows_by_status=rows_by_status,
-        rejected=rejected,
-        rows=np.bincount(code, minlength=len(codes)),
-        scored=np.bincount(code_of_ok, minlength=len(codes)),
-        cells=_cells(code_of_eligible, to_bins(keys), np.ones(len(keys), np.int64)),
+        rows_by_status=scores.rows_by_status,
+        rejected=scores.rejected,
+        rows=_count(scores.groups, len(codes)),
+        scored=_count(scores.groups[scores.ok], len(codes)),
+        cells=_cells(*np.unique(numbers, return_counts=True)),
         highest=first if settings.order == "descending" else last,
         lowest=last if settings.order == "descending" else first,
     )
+    if not most:
+        return survey, Kept(np.empty(0, CANDIDATE), np.uint64(0))
+    end_key = np.partition(keys, most)[most] if most < len(keys) else END_OF_KEYS
+    inside = np.flatnonzero(keys < end_key)
+    return survey, Kept(candidates.make(task, scores, at[inside], keys[inside]), end_key)
+
+
+def _count(codes: Rows, num_groups: int) -> Rows:
+    return np.bincount(codes, minlength=num_groups) if num_groups > 1 else np.array([len(codes)])
+
+
+def _rows_at(task: Task, at: Rows, ratios: npt.NDArray[np.float64]) -> list[Extreme]:
+    units, rows = task.locate(at)
+    return list(zip(ratios.tolist(), units.tolist(), rows.tolist(), strict=True))
 
 
 def _merge(surveys: Sequence[Survey]) -> Survey:
@@ -140,17 +165,22 @@ def _merge(surveys: Sequence[Survey]) -> Survey:
         rejected=sum((s.rejected for s in surveys), Counter()),
         rows=_sums(code, np.concatenate([s.rows for s in surveys]), len(groups)),
         scored=_sums(code, np.concatenate([s.scored for s in surveys]), len(groups)),
-        cells=_cells(*(cells[name].to_numpy() for name in ("group", "bin", "rows"))),
+        cells=_added(cells),
         highest=highest[:_EXTREMES],
         lowest=lowest[:_EXTREMES],
     )
 
 
-def _cells(groups: Rows, bins: Rows, rows: Rows) -> pa.Table:
-    """Rows added up by (group, bin)."""
-    cells, at = np.unique(groups * NUM_BINS + bins, return_inverse=True)
-    sums = _sums(at, rows, len(cells))
-    return pa.table({"group": cells // NUM_BINS, "bin": cells % NUM_BINS, "rows": sums})
+def _cells(numbers: Rows, rows: Rows) -> pa.Table:
+    """Cells that are numbered group * NUM_BINS + bin, as a table."""
+    return pa.table({"group": numbers // NUM_BINS, "bin": numbers % NUM_BINS, "rows": rows})
+
+
+def _added(cells: pa.Table) -> pa.Table:
+    """Cells with equal group and bin made one."""
+    group, bins, rows = (cells[name].to_numpy() for name in cells.schema.names)
+    numbers, at = np.unique(group * NUM_BINS + bins, return_inverse=True)
+    return _cells(numbers, _sums(at, rows, len(numbers)))
 
 
 def _sums(at: Rows, rows: Rows, size: int) -> Rows:

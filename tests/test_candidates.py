@@ -20,19 +20,14 @@ Rows = list[tuple[float, bytes, int, int]]
 
 
 def make(rows: Rows) -> Any:
+    found = np.zeros(len(rows), candidates.CANDIDATE)
     if not rows:
-        return np.empty(0, candidates.CANDIDATE)
-    one_by_one = [
-        candidates.make(
-            to_keys(np.array([ratio]), "descending"),
-            np.array([name], "S16"),
-            np.array([row]),
-            unit,
-            0,
-        )
-        for ratio, name, unit, row in rows
-    ]
-    return np.concatenate(one_by_one)
+        return found
+    found["key"] = to_keys(np.array([row[0] for row in rows]), "descending")
+    ids = np.array([row[1] for row in rows], "S16").view(">u8").reshape(-1, 2)
+    found["id_high"], found["id_low"] = ids.T
+    found["unit"], found["row"] = np.array([row[2:] for row in rows]).T
+    return found
 
 
 def order(row: tuple[float, bytes, int, int]) -> tuple[Any, ...]:

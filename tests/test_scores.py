@@ -3,6 +3,7 @@
 import math
 import struct
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,21 @@ from hypothesis import strategies as st
 from scored_corpus import EDGES, FINITE, wanted
 
 from pipeline.config import Order
-from pipeline.scores import NUM_BINS, eligible_rows, encode, from_keys, tasks, to_bins, to_keys
-from pipeline.units import Plan
+from pipeline.parts import to_parquet
+from pipeline.samples import Columns
+from pipeline.schemas import PART
+from pipeline.scores import (
+    NUM_BINS,
+    Scores,
+    Task,
+    encode,
+    from_keys,
+    read_scores,
+    tasks,
+    to_bins,
+    to_keys,
+)
+from pipeline.units import Plan, Unit
 
 
 def keys_of(*ratios: float, order: Order = "ascending") -> list[int]:
@@ -60,30 +74,34 @@ def test_keys_turn_back_into_ratios(ratios: list[float], order: Order) -> None:
     assert [struct.pack("d", r + 0.0) for r in ratios] == [struct.pack("d", r) for r in back]
 
 
-def part(*ratios: float | None, tokens: int = 5) -> pa.Table:
-    """Rows with status ok."""
-    return pa.table(
-        {
-            "status": pa.array(["ok"] * len(ratios)).dictionary_encode(),
-            "ifd_loss_ratio": pa.array(ratios, pa.float64()),
-            "num_response_tokens": pa.array([tokens] * len(ratios), pa.int32()),
-        }
-    )
+def read_part(folder: Path, *ratios: float | None, tokens: int = 5, **config: Any) -> Scores:
+    """The scores of one part, whose rows have status ok."""
+    size = len(ratios)
+    columns = {
+        "status": pa.array(["ok"] * size).cast(PART.field("status").type),
+        "ifd_loss_ratio": pa.array(ratios, pa.float64()),
+        "num_response_tokens": pa.array([tokens] * size, pa.int32()),
+    }
+    absent = {field.name: pa.nulls(size, field.type) for field in PART}
+    unit = Unit("u", "shard", "shard", Columns("alpaca", {}), 0, size, "fp", "fp")
+    Path(unit.part_url(str(folder))).write_bytes(to_parquet(pa.table(absent | columns)))
+    return read_scores(Task(0, (unit,), str(folder)), wanted(**config), {None: 0})
 
 
-def test_what_is_no_number_is_never_eligible() -> None:
-    rows = part(0.5, math.nan, -math.nan, None, math.inf, -math.inf, 5e-324, -0.0)
-    anything = eligible_rows(rows, wanted(max_ifd=None))
-    assert anything.eligible.tolist() == [True, False, False, False, True, True, True, True]
-    assert anything.rejected == Counter(not_a_number=3)
-    under = eligible_rows(rows, wanted(max_ifd=1.0, min_ifd=0.0))
-    assert under.eligible.tolist() == [True, False, False, False, False, False, True, True]
-    assert under.rejected == Counter(not_a_number=3, at_or_over_max_ifd=1, under_min_ifd=1)
+def test_what_is_no_number_is_never_eligible(tmp_path: Path) -> None:
+    ratios = (0.5, math.nan, -math.nan, None, math.inf, -math.inf, 5e-324, -0.0)
+    scores = read_part(tmp_path, *ratios, max_ifd=None)
+    assert scores.eligible.tolist() == [True, False, False, False, True, True, True, True]
+    assert scores.rejected == Counter(not_a_number=3)
+    scores = read_part(tmp_path, *ratios, max_ifd=1.0, min_ifd=0.0)
+    assert scores.eligible.tolist() == [True, False, False, False, False, False, True, True]
+    assert scores.rejected == Counter(not_a_number=3, at_or_over_max_ifd=1, under_min_ifd=1)
 
 
-def test_the_first_reason_counts() -> None:
-    scores = eligible_rows(part(1.5, math.nan, tokens=1), wanted(min_response_tokens=2))
+def test_the_first_reason_counts(tmp_path: Path) -> None:
+    scores = read_part(tmp_path, 1.5, math.nan, tokens=1, min_response_tokens=2)
     assert scores.rejected == Counter(too_few_tokens=1, not_a_number=1)
+    assert scores.rows_by_status == Counter(ok=2)
 
 
 def test_codes_go_on_from_those_that_are_known() -> None:
@@ -94,7 +112,15 @@ def test_codes_go_on_from_those_that_are_known() -> None:
     assert encode(pa.array([], pa.string()), codes).tolist() == []
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [([10], [1]), ([200_000] * 3, [2, 1])])
+def test_rows_of_a_task_are_located() -> None:
+    columns = Columns("alpaca", {})
+    ranges = [(10, 12), (12, 15), (0, 1)]
+    units = tuple(Unit("u", "s", "s", columns, a, b, "fp", "fp") for a, b in ranges)
+    where = Task(7, units, "scores").locate(np.arange(6))
+    assert [array.tolist() for array in where] == [[7, 7, 8, 8, 8, 9], [10, 11, 12, 13, 14, 0]]
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([10], [1]), ([300_000] * 3, [2, 1])])
 def test_tasks_are_neighbouring_units(sizes: list[int], expected: list[int]) -> None:
     class Sized:
         def __init__(self, rows: int) -> None:

@@ -16,6 +16,7 @@ when Ray had started and nothing ran. None is a test.
 
 import argparse
 import json
+import logging
 import shutil
 import statistics
 import sys
@@ -43,7 +44,7 @@ from pipeline.parts import to_parquet
 from pipeline.ranking import rank
 from pipeline.samples import Columns
 from pipeline.schemas import PART
-from pipeline.scores import Task, read_scores, tasks
+from pipeline.scores import Task, read_columns, tasks
 from pipeline.survey import survey_parts
 from pipeline.units import Plan, Unit, make_plan
 
@@ -136,9 +137,9 @@ def curve(rows: list[float], rounds: int, store_gib: float) -> dict[str, Any]:
 def cut(plan: Plan, duplicates: str) -> int:
     """Survey and rank, as `cherry select` does; the rows stay in the object store."""
     settings = settings_of(duplicates)
-    survey = survey_parts(plan, settings)
+    survey, kept = survey_parts(plan, settings)
     asked = asked_rows(settings, survey.groups, survey.rows, survey.eligible)
-    return int(rank(plan, settings, survey, asked).selected[-1].sum())
+    return int(rank(plan, settings, survey, kept, asked).selected[-1].sum())
 
 
 def floor(plan: Plan) -> int:
@@ -148,13 +149,14 @@ def floor(plan: Plan) -> int:
 
 @ray.remote
 def _read(task: Task) -> int:
-    return sum(map(len, read_scores(task, ["status", "ifd_loss_ratio", "sample_id"])))
+    return len(read_columns(task, ["status", "ifd_loss_ratio", "sample_id"]))
 
 
 def sort_and_limit(source: Path, keep: int, output: Path | None) -> int:
     """What one would write with Ray Data alone."""
-    columns = ["status", "ifd_loss_ratio", "sample_id"] if output is None else None
-    data = ray.data.read_parquet(str(source), columns=columns)
+    data = ray.data.read_parquet(str(source))
+    if output is None:
+        data = data.select_columns(["status", "ifd_loss_ratio", "sample_id"])
     data = data.map_batches(_eligible, batch_format="pyarrow", batch_size=None)
     data = data.sort("ifd_loss_ratio", descending=True).limit(keep)
     if output is None:
@@ -327,6 +329,7 @@ def measure(way: Callable[[], int], store_gib: float) -> tuple[float, float, flo
         object_store_memory=int(store_gib * 2**30),
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.get([_nothing.remote() for _ in range(2 * _CPUS)])  # workers are there
     with Peak() as peak:
         begun = time.monotonic()
