@@ -185,7 +185,7 @@ class SelectConfig(_Section):
     format: Format = "parquet"
     """Of the subset. `jsonl` has the input's own columns, `alpaca_jsonl` and `messages_jsonl` what
     trainers read."""
-    rows_per_part: Annotated[int, Field(gt=0)] = 100_000
+    rows_per_part: Annotated[int, Field(gt=0)] = 50_000
     """Rows of one output file."""
 
     @model_validator(mode="after")

@@ -55,7 +55,8 @@ def _take(
     """Some rows of one row group, by their number in it."""
     pieces = []
     offset = 0
-    for batch in parquet.iter_batches(row_groups=[group], columns=names):
+    # A task has one core: more threads would only take turns.
+    for batch in parquet.iter_batches(row_groups=[group], columns=names, use_threads=False):
         first, last = np.searchsorted(rows, [offset, offset + len(batch)])
         wanted = rows[first:last] - offset
         if len(wanted) and wanted[-1] - wanted[0] + 1 == len(wanted):

@@ -204,7 +204,7 @@ def test_worked_example(ray_local: None, tmp_path: Path) -> None:
             "by": "ifd_loss_ratio", "order": "descending", "fractions": ["0.5"], "count": None,
             "threshold": None, "of": "all", "min_ifd": None, "max_ifd": 1.0,
             "min_response_tokens": 1, "duplicates": "drop", "group_by": None, "quotas": "each",
-            "floor": 0, "format": "parquet", "rows_per_part": 100_000,
+            "floor": 0, "format": "parquet", "rows_per_part": 50_000,
         },
         "rows": 8,
         "rows_by_status": {"empty_response": 1, "malformed": 1, "ok": 6},

@@ -298,24 +298,21 @@ def in_turns(
     print(f"{num_rows:,} rows, {_CPUS} CPUs, median of {rounds} (least to most):")
     figures: dict[str, Any] = {}
     for name in ways:
-        median = statistics.median(seconds[name])
-        ratios = {
-            other: [b / a for a, b in zip(seconds[name], seconds[other], strict=True)]
-            for other in ("floor", "ray.data")
-            if other in ways and other != name
-        }
-        peak = statistics.median(memory[name])
-        print(
-            f"  {name:24s} {median:7.1f} s ({min(seconds[name]):.1f} to {max(seconds[name]):.1f})"
-            f" {peak:7.0f} MB",
-            *(
-                f" {other}/it {statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})"
-                for other, r in ratios.items()
-            ),
-            flush=True,
-        )
+        say = [f"{spread(seconds[name])} s", f"{statistics.median(memory[name]):5.0f} MB"]
+        if "floor" in ways and name != "floor":
+            times = [a / b for a, b in zip(seconds[name], seconds["floor"], strict=True)]
+            say.append(f"{spread(times)} times the floor")
+        if "ray.data" in ways and name != "ray.data":
+            times = [a / b for a, b in zip(seconds["ray.data"], seconds[name], strict=True)]
+            say.append(f"{spread(times)} times as fast as ray.data")
+        print(f"  {name:24s}", ", ".join(say), flush=True)
         figures[name] = {"seconds": seconds[name], "megabytes": memory[name]}
     return figures
+
+
+def spread(values: list[float]) -> str:
+    """Median, least and most."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def measure(way: Callable[[], int], store_gib: float) -> tuple[float, float, float, int]:
