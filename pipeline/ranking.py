@@ -2,14 +2,12 @@
 
 ::
 
-    gather    a task per group of parts: eligible rows down to the bin of the cut
-    unique    a task per share of the sample ids: of each sample, the copy that ranks first
+    gather    see gathering.py: sorted runs of the rows down to the bin of the cut
     arrange   a task per range of ranks: its rows, sorted
     keep      a task per range: the rows within their group's budget, and where the cuts fall
 
-A range or share is about a million candidates of 40 bytes, whatever the corpus and however many
-rows tie: ranges end at sampled rows and not at keys, and a task hands on one copy of each sample.
-If copies among the rows down to the cut leave too few, the cut moves down.
+A range is about a million candidates of 40 bytes, whatever the corpus and however many rows tie:
+ranges end at rows that were sampled from the runs, and not at keys.
 """
 
 from collections.abc import Sequence
@@ -24,26 +22,13 @@ from pipeline import candidates
 from pipeline.budgets import Rows, SelectSettings
 from pipeline.candidates import CANDIDATE, Candidates
 from pipeline.config import Order
-from pipeline.scores import (
-    END_OF_KEYS,
-    Keys,
-    Task,
-    first_keys,
-    from_keys,
-    read_scores,
-    tasks,
-    to_bins,
-    to_keys,
-)
-from pipeline.survey import Kept, Survey
+from pipeline.gathering import Refs, Run, find_runs, num_ranges
+from pipeline.scores import from_keys
+from pipeline.survey import Survey
 from pipeline.units import Plan
-
-_ROWS_PER_RANGE = 1 << 20
 
 CHOSEN = np.dtype([("rank", "<i8"), ("row", "<i8"), ("unit", "<u4"), ("level", "<u4")])
 """A selected row. Its level is the smallest budget, counted from 0, that it belongs to."""
-
-Refs = list[Any]
 
 
 @dataclass(frozen=True)
@@ -74,117 +59,25 @@ def rank(plan: Plan, settings: SelectSettings, survey: Survey, kept: Refs, asked
         kept: Likewise.
         asked: Rows asked for, by (level, group), from `asked_rows`.
     """
-    find = _unique_runs if settings.duplicates == "drop" else _plain_runs
-    runs, copies = find(_Search(plan, settings, survey, kept), asked[-1])
+    runs, copies = find_runs(plan, settings, survey, kept, asked[-1])
     ranges = _arrange_runs(runs, len(survey.groups))
     return _keep_ranges(ranges, copies, settings, asked)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Sorted candidates in the object store."""
-
-    rows: Any
-    outline: Any
-    """How many they are, and some of them at equal distances: from these, ranges are cut."""
-
-
-class _Search:
-    """Passes over the parts of a plan, each down to a bin of every group."""
-
-    def __init__(self, plan: Plan, settings: SelectSettings, survey: Survey, kept: Refs) -> None:
-        self.survey = survey
-        self.tasks = list(tasks(plan))
-        self._kept = kept
-        self._settings = settings
-        self._end = END_OF_KEYS
-        if settings.threshold is not None:
-            self._end = to_keys(np.array([settings.threshold]), settings.order)[0] + np.uint64(1)
-
-    def bins_holding(self, wanted: Rows) -> Rows:
-        """As the survey's, but not beyond the threshold."""
-        last = to_bins(np.array([self._end - np.uint64(1)]))
-        return np.minimum(self.survey.bins_holding(wanted), last)
-
-    def gather(self, after: Rows, up_to: Rows, num_shares: int, step: int) -> list[list[Any]]:
-        """Look for candidates in bins after..up_to of each group.
-
-        Returns:
-            Of each task: references to sorted candidates by share of the sample ids, to the copies
-            that were left out, and to an outline of the first share.
-        """
-        job: Any = _gather.options(num_returns=num_shares + 2)
-        first, end = first_keys(after + 1), np.minimum(first_keys(up_to + 1), self._end)
-        args = (self._settings, self.survey.groups, first, end, num_shares, step)
-        return [
-            job.remote(task, kept, *args) for task, kept in zip(self.tasks, self._kept, strict=True)
-        ]
-
-
-def _plain_runs(search: _Search, asked: Rows) -> tuple[list[_Run], Refs]:
-    """Sorted runs of candidates, copies and all."""
-    up_to = search.bins_holding(asked)
-    gathered = search.gather(np.full_like(up_to, -1), up_to, 1, _step(len(search.tasks)))
-    return [_Run(rows, outline) for rows, _, outline in gathered], []
-
-
-def _unique_runs(search: _Search, asked: Rows) -> tuple[list[_Run], Refs]:
-    """Sorted runs of candidates with different sample ids; and the copies that were left out.
-
-    Which copy of a sample counts does not depend on the quotas: rows of all groups are looked at
-    down to the lowest cut of any.
-    """
-    survey, everywhere = search.survey, np.ones_like(asked)
-    last = search.bins_holding(survey.eligible)
-    looked, limit, passes = -1, int(search.bins_holding(asked).max()), 0
-    unique = np.zeros_like(asked)
-    num_shares = _num_ranges(survey.rows_up_to(limit).sum())
-    runs: list[list[_Run]] = [[] for _ in range(num_shares)]
-    copies: Refs = []
-    while limit > looked:
-        gathered = search.gather(everywhere * looked, everywhere * limit, num_shares, 1 << 62)
-        counts = []
-        for share, found in zip(runs, zip(*gathered, strict=True), strict=False):
-            job: Any = _unique.options(num_returns=4)
-            known = [run.rows for run in share]
-            rows, later, outline, count = job.remote(
-                len(asked), _step(4 * num_shares), len(known), *known, *found
-            )
-            share.append(_Run(rows, outline))
-            copies.append(later)
-            counts.append(count)
-        copies += [found[num_shares] for found in gathered]
-        unique += np.sum(ray.get(counts), axis=0)
-        looked, passes = limit, passes + 1
-        short = (unique < asked) & (last > looked)
-        if short.any():
-            # As many copies among the next rows as so far; twice as many with every pass.
-            seen = survey.rows_up_to(looked)
-            missing = (asked - unique) * seen // np.maximum(unique, 1) + 1
-            wanted = np.where(short, seen + (missing << (passes - 1)), 0)
-            limit = int(search.bins_holding(wanted).max())
-    return [run for share in runs for run in share], copies
-
-
-def _arrange_runs(runs: list[_Run], num_groups: int) -> list[tuple[Any, Rows]]:
+def _arrange_runs(runs: list[Run], num_groups: int) -> list[tuple[Any, Rows]]:
     """Ranges of ranks in their order: a reference to the sorted rows, and rows by group."""
     outlines = ray.get([run.outline for run in runs])
-    num_ranges = _num_ranges(sum(length for length, _ in outlines))
+    total = num_ranges(sum(length for length, _ in outlines))
     pieces: list[Sequence[Any]] = [[run.rows for run in runs]]
-    if num_ranges > 1:
+    if total > 1:
         samples = candidates.in_order(np.concatenate([some for _, some in outlines]))
-        ends = samples[np.arange(1, num_ranges) * len(samples) // num_ranges]
-        scatter: Any = _scatter.options(num_returns=num_ranges)
+        ends = samples[np.arange(1, total) * len(samples) // total]
+        scatter: Any = _scatter.options(num_returns=total)
         pieces = list(zip(*[scatter.remote(run.rows, ends) for run in runs], strict=True))
     arrange: Any = _arrange.options(num_returns=2)
     arranged = [arrange.remote(num_groups, *some) for some in pieces]
     counts = ray.get([count for _, count in arranged])
     return [(ranked, count) for (ranked, _), count in zip(arranged, counts, strict=True)]
-
-
-def _step(num_runs: int) -> int:
-    """Distance of the rows in an outline: no range gets more than an eighth too many."""
-    return max(1, _ROWS_PER_RANGE // (8 * num_runs))
 
 
 def _keep_ranges(
@@ -224,57 +117,6 @@ def _keep_ranges(
         selected_at_cut=selected_at_cut,
         duplicates=np.sum(passed, axis=0) if passed else np.zeros_like(there),
     )
-
-
-def _num_ranges(num_rows: int) -> int:
-    return max(1, -(-int(num_rows) // _ROWS_PER_RANGE))
-
-
-@ray.remote
-def _gather(
-    task: Task,
-    kept: Kept,
-    settings: SelectSettings,
-    groups: tuple[str | None, ...],
-    first_keys: Keys,
-    end_keys: Keys,
-    num_shares: int,
-    step: int,
-) -> tuple[Any, ...]:
-    if end_keys.max() <= kept.end_key:
-        ranked = kept.rows[slice(*np.searchsorted(kept.rows["key"], [first_keys[0], end_keys[0]]))]
-    else:
-        codes = {group: code for code, group in enumerate(groups)}
-        scores = read_scores(task, settings, codes, "sample_id")
-        at = np.flatnonzero(scores.eligible)
-        keys, group = to_keys(scores.ratios[at], settings.order), scores.groups[at]
-        inside = np.flatnonzero((keys >= first_keys[group]) & (keys < end_keys[group]))
-        ranked = candidates.make(task, scores, at[inside], keys[inside])
-    if settings.duplicates == "keep":
-        return ranked, ranked[:0], _outline(ranked, step)
-    first = candidates.first_copies(ranked)
-    unique, copies = ranked[first], ranked[~first]
-    share = ((unique["id_high"] >> np.uint64(32)) * np.uint64(num_shares)) >> np.uint64(32)
-    shares = [unique[share == number] for number in range(num_shares)]
-    return *shares, copies, _outline(shares[0], step)
-
-
-@ray.remote
-def _unique(
-    num_groups: int, step: int, num_known: int, *runs: Candidates
-) -> tuple[Candidates, Candidates, tuple[int, Candidates], Rows]:
-    """First copies among the rows of a share; those of the first `num_known` runs are known."""
-    start = sum(len(run) for run in runs[:num_known])
-    rows = candidates.in_order(np.concatenate(runs))  # those that are known rank ahead of the rest
-    first = candidates.first_copies(rows)
-    rows, first = rows[start:], first[start:]
-    unique = rows[first]
-    counts = np.bincount(unique["group"], minlength=num_groups)
-    return unique, rows[~first], _outline(unique, step), counts
-
-
-def _outline(run: Candidates, step: int) -> tuple[int, Candidates]:
-    return len(run), run[step // 2 :: step].copy()
 
 
 @ray.remote

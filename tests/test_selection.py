@@ -36,7 +36,7 @@ from scored_corpus import (
     wanted,
 )
 
-from pipeline import ranking, scores, selection, subset, survey
+from pipeline import gathering, scores, selection, subset, survey
 from pipeline.accounting import audit
 from pipeline.budgets import UNLIMITED, asked_rows
 from pipeline.errors import InputError, StorageError
@@ -55,7 +55,7 @@ def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a corpus of millions of rows: several tasks, ranges of ranks, and extracts."""
     monkeypatch.setattr(scores, "_ROWS_PER_TASK", 30)
     monkeypatch.setattr(survey, "_KEEP_LEAST", 1)  # some tasks must look again
-    monkeypatch.setattr(ranking, "_ROWS_PER_RANGE", 24)
+    monkeypatch.setattr(gathering, "ROWS_PER_RANGE", 24)
     monkeypatch.setattr(subset, "_BYTES_PER_EXTRACT", 2_000)
 
 
