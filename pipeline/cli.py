@@ -1,4 +1,4 @@
-"""The command line: `cherry run|score|select|gc CONFIG`.
+"""The command line: `cherry run|score|select|plan|gc CONFIG`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 the config
 or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
@@ -75,6 +75,23 @@ def score(
 def select(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Select from finished scores: no model, no GPU."""
     _execute(lambda settings, _: flow.select(settings), path, overrides, as_json)
+
+
+@app.command()
+def plan(
+    path: _ConfigPath,
+    overrides: _Overrides = None,
+    as_json: _AsJson = False,
+    score_rows: Annotated[
+        int, typer.Option("--score", metavar="ROWS", help="Score so many, to measure the speed.")
+    ] = 0,
+) -> None:
+    """Estimate what a run would score and cost; tokenises a sample."""
+    with _speaking(as_json) as (out, results, _):
+        found = flow.estimate(config.load(path, overrides), score_rows)
+        report.show_estimate(found, results)
+        if as_json:
+            print(json.dumps(asdict(found)), file=out, flush=True)
 
 
 @app.command()

@@ -217,6 +217,8 @@ class ClusterConfig(_Section):
     threads_per_actor: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Torch threads on a CPU. `auto` is all cores of the node, whatever the number of actors,
     because the last bits of a score follow the thread count."""
+    price_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """What `cherry plan` reckons with; of a node where there are no GPUs."""
 
 
 _CREDENTIALS = re.compile(r"://([^/]*|[^/:]+:(?!\d+/)[^@]*)@")

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.estimate import Estimate
 from pipeline.garbage import Garbage
 from pipeline.parts import UnitDone
 from pipeline.rows import read_rows
@@ -28,6 +29,7 @@ _SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)(TOKEN|KEY)$|CONNECTION_STRING"
 _LEAST_SECRET = 8
 """Characters; a shorter value is part of ordinary words."""
 
+_ACTORS_SHOWN = (1, 2, 4, 8, 16)
 _GARBAGE_SHOWN = 20
 _GROUPS_SHOWN = 20
 _GROUP_NAME = 30
@@ -119,6 +121,45 @@ def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
     if len(names) > _GARBAGE_SHOWN:
         lines.append(f"and {len(names) - _GARBAGE_SHOWN:,} more: all of them with --json")
     console.print(Group(*(Text(visible(line)) for line in lines)), soft_wrap=True)
+
+
+def show_estimate(estimate: Estimate, console: Console) -> None:
+    """Print what `cherry plan` found."""
+    left = estimate.rows - estimate.rows_done
+    table = Table(title="Rows to score", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("status, as far as tokenising tells")
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+    for status in STATUSES:
+        if count := estimate.rows_by_status.get(status):
+            table.add_row(status, f"{count:,}", f"{100 * count / left:.1f} %")
+    lines = [
+        f"{estimate.rows:,} rows in {estimate.units_total:,} units; {estimate.units_done:,} units "
+        f"with {estimate.rows_done:,} rows are done"
+        + (f", about {n:,} more rows have a score" if (n := estimate.rows_reusable) else ""),
+        f"about {estimate.tokens:,} tokens to score: {estimate.tokens_conditioned:,} conditioned, "
+        f"{estimate.tokens_direct:,} direct (standard error {100 * estimate.tokens_error:.1f} %, "
+        f"{estimate.sampled_rows:,} rows tokenised)",
+    ]
+    if estimate.seconds_per_million_tokens is None or estimate.model_hours is None:
+        lines.append("--score 300 scores as many rows, and says how long all of them take")
+    else:
+        lines.append(
+            f"{estimate.seconds_per_million_tokens:,.1f} s for a million tokens, one model on "
+            f"{estimate.device}; {estimate.scored_rows:,} rows scored, "
+            f"{100 * (estimate.over_one_fraction or 0):.0f} % of them with an IFD of 1 or more"
+        )
+    console.print(
+        *([table] if left else []), Group("", *(Text(line) for line in lines), ""), sep="\n"
+    )
+    if estimate.model_hours is not None:
+        hours = Table(title="Scoring", title_justify="left", show_edge=False, pad_edge=False)
+        for name in ("actors", "hours", "cost"):
+            hours.add_column(name, justify="right")
+        cost = "" if estimate.cost is None else f"{estimate.cost:,.2f}"
+        for actors in _ACTORS_SHOWN:
+            hours.add_row(f"{actors}", f"{estimate.model_hours / actors:,.2f}", cost)
+        console.print(hours)
 
 
 def plain(text: str, limit: int = _EXCERPT) -> str:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline import accounting, cluster, errors, garbage, recovery, reuse, selection
+from pipeline import estimate as estimates
 from pipeline.accounting import Audit
 from pipeline.budgets import SelectSettings
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.estimate import Estimate
 from pipeline.garbage import Garbage
 from pipeline.job import Job, check, plan
 from pipeline.parts import UnitDone
@@ -120,6 +122,15 @@ def select(config: Config) -> Result:
         return _select(job, job.plan, audited, summary, begun)
 
 
+def estimate(config: Config, num_scored: int) -> Estimate:
+    """Say what a run would score and how long that takes; `num_scored` rows are scored to know."""
+    checked = check(config, selecting=False)
+    with cluster.connected():
+        found = estimates.estimate(plan(checked), num_scored)
+    _warn_over_one(found.over_one_fraction or 0.0)
+    return found
+
+
 def gc(config: Config, all_scores: bool, delete: bool, force: bool) -> Garbage:
     """Find what no current input names, and delete it if asked."""
     checked = check(config, selecting=False)
@@ -202,7 +213,8 @@ def _summarise(
         (u.started for u in with_model), default=0.0
     )
     tokens = sum(unit.tokens for unit in scored)
-    _warn_over_one(scored)
+    num_ok = sum(unit.rows_by_status.get("ok", 0) for unit in scored)
+    _warn_over_one(sum(unit.over_one for unit in scored) / max(1, num_ok))
     counts = audited.rows_by_status
     return Summary(
         rows=counts.total(),
@@ -237,13 +249,11 @@ def _select(job: Job, finished: Plan, audited: Audit, summary: Summary, begun: f
     return Result(summary, finished, selected, survey)
 
 
-def _warn_over_one(scored: list[UnitDone]) -> None:
-    num_ok = sum(unit.rows_by_status.get("ok", 0) for unit in scored)
-    over = sum(unit.over_one for unit in scored)
-    if num_ok and over / num_ok > _WARN_OVER_ONE:
+def _warn_over_one(share: float) -> None:
+    if share > _WARN_OVER_ONE:
         log.warning(
             "%.0f %% of the scored rows have an IFD of 1 or more: the instruction does not help "
             "the model. Most often the template does not fit it: a chat template on a base model "
             "(try score.preset: cherry), or responses in a language it does not know.",
-            100 * over / num_ok,
+            100 * share,
         )

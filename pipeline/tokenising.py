@@ -62,7 +62,7 @@ def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
         reused = _as_part(positions + unit.start, known)
     positions = np.flatnonzero(todo)
     chosen = [samples[i] for i in positions]
-    return _tokenise(positions + unit.start, chosen, scoring.settings), reused
+    return tokenise(positions + unit.start, chosen, scoring.settings), reused
 
 
 @functools.cache
@@ -72,9 +72,10 @@ def renderer(settings: ScoringSettings) -> Renderer:
     return Renderer(tokenizer, settings.template, settings.max_length, settings.pair_tokens)
 
 
-def _tokenise(
+def tokenise(
     row_indices: npt.NDArray[np.int64], samples: Sequence[Sample], settings: ScoringSettings
 ) -> pa.Table:
+    """Render and tokenise samples, in the TOKENS schema."""
     rendered = renderer(settings)(samples)
     ids = [
         None if r.status == "malformed" else sample_id(s.messages)

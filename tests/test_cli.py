@@ -406,13 +406,19 @@ def test_the_commands_and_their_options_are_pinned() -> None:
     common = ["path", "--set", "--json"]
     scoring = [*common, "--retry-errors"]
     gc = [*common, "--delete", "--all", "--force"]
-    assert found == {"run": scoring, "score": scoring, "select": common, "gc": gc}
+    assert found == {
+        "run": scoring,
+        "score": scoring,
+        "select": common,
+        "gc": gc,
+        "plan": [*common, "--score"],
+    }
 
 
 def test_every_command_is_described() -> None:
     said = cherry("--help")
     assert said.exit_code == 0
-    for name in ("run", "score", "select", "gc"):
+    for name in ("run", "score", "select", "plan", "gc"):
         assert f"\n  {name} " in said.stdout
         help_text = cherry(name, "--help").stdout
         assert_says(

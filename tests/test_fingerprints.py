@@ -43,6 +43,7 @@ CHANGE_NOTHING = {
     "cluster.actors": 2,
     "cluster.gpus_per_actor": 0,
     "cluster.threads_per_actor": 1,
+    "cluster.price_per_gpu_hour": 2.5,
 }
 CHANGE_THE_SELECTION = {
     "select.by": "ifd_ppl_ratio",
