@@ -5,6 +5,7 @@ proportional quota deals rows out by Webster's method, under which a larger budg
 group fewer rows, so that smaller subsets lie within larger ones.
 """
 
+import difflib
 import heapq
 import math
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ UNLIMITED = np.iinfo(np.int64).max
 OTHER_GROUPS = "*"
 NULL_GROUP = "null"
 """How a table of quotas names rows without a value."""
+
+_NAME = 40
+"""Characters of a group's name in a message."""
 
 _EXACT = Context(prec=1000)
 """0.1 and 0.10 are one setting, and no digit of a longer one is rounded away."""
@@ -110,12 +114,16 @@ def asked_rows(
     if settings.threshold is not None:
         return np.full((1, len(groups)), UNLIMITED)
     if settings.quotas == "proportional":
-        total = int(of.sum())
-        levels = [share(f, total) for f in settings.fractions] or [settings.count or 0]
+        levels = dealt_rows(settings, of)
         return np.array([deal(n, of, eligible, settings.floor) for n in levels], np.int64)
     if settings.count is not None:
         return np.full((1, len(groups)), settings.count)
     return np.array([[share(f, n) for n in of.tolist()] for f in settings.fractions], np.int64)
+
+
+def dealt_rows(settings: SelectSettings, of: Rows) -> list[int]:
+    """Rows that `proportional` quotas deal out, by level, whether or not groups have so many."""
+    return [share(f, int(of.sum())) for f in settings.fractions] or [settings.count or 0]
 
 
 def share(fraction: str, rows: int) -> int:
@@ -172,12 +180,14 @@ def _bid(weights: Rows, dealt: list[int], place: int, group: int) -> tuple[Fract
 
 def _in_turns(rows: int, least: list[int], order: list[int]) -> list[int]:
     """A row to each group that still lacks one, again and again, until there are no more."""
-    dealt = [0] * len(least)
-    for turn in range(max(least, default=0)):
-        lacking = [group for group in order if least[group] > turn]
-        for group in lacking[:rows]:
-            dealt[group] += 1
-        rows -= min(rows, len(lacking))
+    low, high = 0, max(least, default=0)
+    while low < high:  # the most whole turns that there are rows for
+        turns = (low + high + 1) // 2
+        low, high = (turns, high) if sum(min(n, turns) for n in least) <= rows else (low, turns - 1)
+    dealt = [min(n, low) for n in least]
+    lacking = [group for group in order if least[group] > low]
+    for group in lacking[: rows - sum(dealt)]:
+        dealt[group] += 1
     return dealt
 
 
@@ -187,11 +197,13 @@ def _from_table(
     wanted = dict(table)
     names = [NULL_GROUP if group is None else group for group in groups]
     for name in wanted.keys() - set(names) - {OTHER_GROUPS}:
-        shown = ", ".join(sorted(names)[:10])
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else "Correct the name or take it out."
+        shown = ", ".join(f"'{known[:_NAME]}'" for known in sorted(names)[:10])
         raise ConfigError(
             f"key 'select.quotas': the corpus has no group '{name}' (it has {len(names)}: {shown}"
-            f"{', ...' if len(names) > 10 else ''}). Correct the name or take it out; '*' stands "
-            "for groups that are not listed."
+            f"{', ...' if len(names) > 10 else ''}). {hint} '*' stands for groups that are not "
+            "listed. What is scored is kept: cherry select goes on from there."
         )
     quotas = [wanted.get(name, wanted.get(OTHER_GROUPS, "0")) for name in names]
     return [

@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import __version__, config, errors, report
+from pipeline import __version__, config, errors, report, texts
 from pipeline import run as flow
 from pipeline.run import Result
 
@@ -183,14 +183,14 @@ def _speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
 
 def _say(err: Console, message: str) -> None:
     """A message may quote column names and paths of the input: foreign text, never folded."""
-    message = report.without_secrets(report.visible(message))
+    message = texts.without_secrets(texts.visible(message))
     err.print(Text(f"cherry: {message}"), soft_wrap=True)
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         # Whatever a library logs may quote a row: without what a terminal would obey.
-        return report.without_secrets(report.visible(super().format(record)))
+        return texts.without_secrets(texts.visible(super().format(record)))
 
 
 def _quiet_libraries() -> None:

@@ -5,8 +5,7 @@ keys are refused with the nearest valid name. Nothing here reads the environment
 endpoints come from the storage libraries' own chains, and a URL that carries one is refused.
 """
 
-import difflib
-import re
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -26,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.config_faults import carries_credentials, describe
 from pipeline.errors import ConfigError
 
 Layout = Literal["alpaca", "prompt_completion", "messages", "sharegpt"]
@@ -122,6 +122,9 @@ class ScoreConfig(_Section):
     """Above this share of rows that are `error`, `nonfinite` or `malformed` the run exits 3."""
 
 
+_MOST_ROWS = 10**12
+
+
 def _share(value: Decimal) -> Decimal:
     if not 0 <= value <= 1:
         raise ValueError("expected a fraction from 0 to 1 (0.10 is ten percent)")
@@ -130,7 +133,7 @@ def _share(value: Decimal) -> Decimal:
 
 def _quota(value: Any) -> int | Decimal:
     """A whole number is a count; what has a point, a fraction."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_ROWS:
         return value
     if isinstance(value, float | str | Decimal):
         with suppress(InvalidOperation):
@@ -138,10 +141,22 @@ def _quota(value: Any) -> int | Decimal:
     raise ValueError("expected a count (100) or a fraction from 0 to 1 with a point (0.1, 1.0)")
 
 
+def _group(name: Any) -> Any:
+    if not isinstance(name, str):
+        raise ValueError(f"a group's name is text: put it in quotes, '{name}'")
+    return name
+
+
 _Share = Annotated[Decimal, AfterValidator(_share)]
 _Quotas = Annotated[
     Annotated[Literal["each", "proportional"], Tag("name")]
-    | Annotated[dict[str, Annotated[int | Decimal, BeforeValidator(_quota)]], Tag("table")],
+    | Annotated[
+        dict[
+            Annotated[str, BeforeValidator(_group)],
+            Annotated[int | Decimal, BeforeValidator(_quota)],
+        ],
+        Tag("table"),
+    ],
     Discriminator(lambda value: "table" if isinstance(value, dict) else "name"),
 ]
 
@@ -158,7 +173,7 @@ class SelectConfig(_Section):
     fractions: Annotated[list[_Share], Field(min_length=1)] | None = None
     """Several shares in one pass: each subset lies within the next, and the manifest says where
     each ends; under quotas each row says the smallest it belongs to."""
-    count: Annotated[int, Field(ge=0)] | None = None
+    count: Annotated[int, Field(strict=True, ge=0, le=_MOST_ROWS)] | None = None
     """Rows to keep, in place of a fraction."""
     threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Keep every eligible row at or over this ratio (ascending: at or under), in place of a
@@ -180,7 +195,7 @@ class SelectConfig(_Section):
     """`each`: the fraction or count holds for every group. `proportional`: it holds for all rows
     together and is dealt out by the groups' sizes. Or a table of counts (whole numbers) and
     fractions (with a point) by group, `'*'` for those not named, `'null'` for null."""
-    floor: Annotated[int, Field(ge=0)] = 0
+    floor: Annotated[int, Field(strict=True, ge=0, le=_MOST_ROWS)] = 0
     """`proportional`: rows that each group gets at least, as far as it has so many."""
     format: Format = "parquet"
     """Of the subset. `jsonl` has the input's own columns, `alpaca_jsonl` and `messages_jsonl` what
@@ -197,13 +212,31 @@ class SelectConfig(_Section):
             if not self.quotas:
                 raise ValueError("the table of quotas is empty: name groups, or '*' for all")
         if len(given) > 1:
-            raise ValueError(f"set one of {' and '.join(given)}, and the others to null")
+            raise ValueError(f"set one of {' and '.join(given)}, and leave the others out (null)")
         if self.quotas != "each" and self.group_by is None:
             raise ValueError("quotas need group_by, the column whose values are the groups")
         if self.quotas == "proportional" and self.threshold is not None:
             raise ValueError("a threshold has no rows to deal out: leave quotas at 'each'")
         if self.floor and self.quotas != "proportional":
-            raise ValueError("floor needs quotas: proportional")
+            raise ValueError("floor needs quotas: proportional, and group_by")
+        return self
+
+    @model_validator(mode="after")
+    def _some_row_fits(self) -> "SelectConfig":
+        low = -math.inf if self.min_ifd is None else self.min_ifd
+        high = math.inf if self.max_ifd is None else self.max_ifd
+        if low >= high:
+            raise ValueError(f"no row has min_ifd {low:g} <= ratio < max_ifd {high:g}")
+        if self.threshold is not None and self.order == "descending" and self.threshold >= high:
+            raise ValueError(
+                f"no eligible row is at or over the threshold {self.threshold:g}: max_ifd is "
+                f"{high:g}. Raise it, or set it to null"
+            )
+        if self.threshold is not None and self.order == "ascending" and self.threshold < low:
+            raise ValueError(
+                f"no eligible row is at or under the threshold {self.threshold:g}: min_ifd is "
+                f"{low:g}. Lower it, or set it to null"
+            )
         return self
 
 
@@ -219,12 +252,6 @@ class ClusterConfig(_Section):
     because the last bits of a score follow the thread count."""
     price_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """What `cherry plan` reckons with; of a node where there are no GPUs."""
-
-
-_CREDENTIALS = re.compile(r"://([^/]*|[^/:]+:(?!\d+/)[^@]*)@")
-"""`user:secret@` in any URL of a chain. AWS secrets may hold slashes; `host:8020/` is no secret."""
-_SIGNED = re.compile(r"[?&](x-amz-\w+|x-goog-\w+|signature|sig|(access_)?token)=", re.IGNORECASE)
-"""A presigned URL is a credential itself."""
 
 
 class Config(_Section):
@@ -246,7 +273,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _no_secrets_in_urls(self) -> "Config":
         for url in [*self.input.paths, self.output, self.model.path]:
-            if _CREDENTIALS.search(url) or _SIGNED.search(url):
+            if carries_credentials(url):
                 raise ValueError(
                     "a URL carries credentials. Only references travel: take them out and set "
                     "them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
@@ -298,7 +325,7 @@ def parse(raw: dict[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as err:
-        faults = [_describe(dict(fault)) for fault in err.errors()]
+        faults = [describe(dict(fault), Config) for fault in err.errors()]
         raise ConfigError(f"{where}: " + "\n".join(faults)) from None
 
 
@@ -319,41 +346,3 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as err:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {err}") from None
-
-
-def _describe(fault: dict[str, Any]) -> str:
-    """One pydantic fault as what, where, got, expected, fix."""
-    # Union branches add their own names to the location ('int', 'literal[...]'): keep the keys.
-    known = _all_keys()
-    location = [str(part) for part in fault["loc"]]
-    key = ".".join(location)
-    while key not in known and "." in key and fault["type"] != "extra_forbidden":
-        key = key.rpartition(".")[0]
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        same_leaf = [k for k in known if k.rpartition(".")[2] == location[-1]]
-        best = near or same_leaf
-        hint = f" Did you mean '{best[0]}'?" if best else f" Valid keys: {', '.join(known)}."
-        return f"key '{key}' is unknown.{hint}"
-    if fault["type"] == "missing":
-        return f"key '{key}' is missing and has no default."
-    reason = str(fault["msg"]).removeprefix("Value error, ")
-    got = fault["input"]
-    shown = "" if isinstance(got, (dict, BaseModel)) else f" got {got!r};"
-    if _CREDENTIALS.search(shown) or _SIGNED.search(shown):
-        shown = " got a URL with credentials;"
-    if fault["type"] == "literal_error" and isinstance(got, str):
-        choices = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
-        near = difflib.get_close_matches(got, choices, n=1, cutoff=0.4)
-        reason += f". Did you mean '{near[0]}'?" if near else ""
-    return f"key '{key or 'config'}':{shown} {reason[:1].lower() + reason[1:]}"
-
-
-def _all_keys() -> list[str]:
-    keys: list[str] = []
-    for name, field in Config.model_fields.items():
-        keys.append(name)
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys.extend(f"{name}.{sub}" for sub in section.model_fields)
-    return keys

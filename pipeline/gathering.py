@@ -7,7 +7,7 @@
     unique    a task per share of the sample ids: of copies over all tasks, the first
 
 If copies among the rows down to the cut leave too few, the cut moves down. A share is about a
-million candidates, and four at the most, because a task hands on one copy of each sample.
+million candidates, and eight at the most, because a task hands on one copy of each sample.
 """
 
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ from pipeline.scores import (
     to_bins,
     to_keys,
 )
-from pipeline.survey import Kept, Survey
+from pipeline.survey import Early, Survey
 from pipeline.units import Plan
 
 ROWS_PER_RANGE = 1 << 20
 """Candidates that one task sorts."""
 
-_MOST_ROWS_PER_SHARE = 1 << 22
+_MOST_ROWS_PER_SHARE = 1 << 23
 
 Refs = list[Any]
 
@@ -50,7 +50,7 @@ class Run:
 
 
 def find_runs(
-    plan: Plan, settings: SelectSettings, survey: Survey, kept: Refs, asked: Rows
+    plan: Plan, settings: SelectSettings, survey: Survey, early: Refs, asked: Rows
 ) -> tuple[list[Run], Refs]:
     """Find the rows that may be among those asked for, and the copies that were left out.
 
@@ -58,10 +58,10 @@ def find_runs(
         plan: Whose parts are there.
         settings: Of the selection.
         survey: Of the same parts, from `survey_parts`.
-        kept: Likewise.
+        early: Likewise.
         asked: Rows asked for, by group.
     """
-    search = _Search(plan, settings, survey, kept)
+    search = _Search(plan, settings, survey, early)
     return (_unique_runs if settings.duplicates == "drop" else _plain_runs)(search, asked)
 
 
@@ -73,10 +73,10 @@ def num_ranges(num_rows: int) -> int:
 class _Search:
     """Passes over the parts of a plan, each down to a bin of every group."""
 
-    def __init__(self, plan: Plan, settings: SelectSettings, survey: Survey, kept: Refs) -> None:
+    def __init__(self, plan: Plan, settings: SelectSettings, survey: Survey, early: Refs) -> None:
         self.survey = survey
         self.tasks = list(tasks(plan))
-        self._kept = kept
+        self._early = early
         self._settings = settings
         self._end = END_OF_KEYS
         if settings.threshold is not None:
@@ -87,19 +87,18 @@ class _Search:
         last = to_bins(np.array([self._end - np.uint64(1)]))
         return np.minimum(self.survey.bins_holding(wanted), last)
 
-    def gather(self, after: Rows, up_to: Rows, num_shares: int, step: int) -> list[list[Any]]:
+    def gather(self, after: Rows, up_to: Rows, num_shares: int, step: int = 1) -> list[list[Any]]:
         """Look for candidates in bins after..up_to of each group.
 
         Returns:
             Of each task: references to sorted candidates by share of the sample ids, to the copies
-            that were left out, and to an outline of the first share.
+            that were left out, and, where copies stay, to the outline.
         """
         job: Any = _gather.options(num_returns=num_shares + 2)
         first, end = first_keys(after + 1), np.minimum(first_keys(up_to + 1), self._end)
         args = (self._settings, self.survey.groups, first, end, num_shares, step)
-        return [
-            job.remote(task, kept, *args) for task, kept in zip(self.tasks, self._kept, strict=True)
-        ]
+        early = zip(self.tasks, self._early, strict=True)
+        return [job.remote(task, rows, *args) for task, rows in early]
 
 
 def _plain_runs(search: _Search, asked: Rows) -> tuple[list[Run], Refs]:
@@ -124,7 +123,7 @@ def _unique_runs(search: _Search, asked: Rows) -> tuple[list[Run], Refs]:
     runs: list[list[Run]] = [[] for _ in range(num_shares)]
     copies: Refs = []
     while limit > looked:
-        gathered = search.gather(everywhere * looked, everywhere * limit, num_shares, 1 << 62)
+        gathered = search.gather(everywhere * looked, everywhere * limit, num_shares)
         counts = []
         for share, found in zip(runs, zip(*gathered, strict=True), strict=False):
             job: Any = _unique.options(num_returns=4)
@@ -155,30 +154,32 @@ def _step(num_runs: int) -> int:
 @ray.remote
 def _gather(
     task: Task,
-    kept: Kept,
+    early: Early,
     settings: SelectSettings,
     groups: tuple[str | None, ...],
-    first_keys: Keys,
+    begin_keys: Keys,
     end_keys: Keys,
     num_shares: int,
     step: int,
 ) -> tuple[Any, ...]:
-    if end_keys.max() <= kept.end_key:
-        ranked = kept.rows[slice(*np.searchsorted(kept.rows["key"], [first_keys[0], end_keys[0]]))]
+    if end_keys.max() <= early.end_key:
+        within = np.searchsorted(early.rows["key"], [begin_keys[0], end_keys[0]])
+        ranked = early.rows[slice(*within)]
     else:
         codes = {group: code for code, group in enumerate(groups)}
         scores = read_scores(task, settings, codes, "sample_id")
         at = np.flatnonzero(scores.eligible)
         keys, group = to_keys(scores.ratios[at], settings.order), scores.groups[at]
-        inside = np.flatnonzero((keys >= first_keys[group]) & (keys < end_keys[group]))
+        inside = np.flatnonzero((keys >= begin_keys[group]) & (keys < end_keys[group]))
         ranked = candidates.make(task, scores, at[inside], keys[inside])
     if settings.duplicates == "keep":
         return ranked, ranked[:0], _outline(ranked, step)
     first = candidates.first_copies(ranked)
     unique, copies = ranked[first], ranked[~first]
     share = ((unique["id_high"] >> np.uint64(32)) * np.uint64(num_shares)) >> np.uint64(32)
-    shares = [unique[share == number] for number in range(num_shares)]
-    return *shares, copies, _outline(shares[0], step)
+    order = np.argsort(share, kind="stable")  # within a share they stay sorted
+    shares = np.split(unique[order], np.searchsorted(share[order], np.arange(1, num_shares)))
+    return *shares, copies, None
 
 
 @ray.remote

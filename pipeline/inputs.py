@@ -37,6 +37,8 @@ class Shard:
     """Rows of each row group."""
     text_bytes: int
     """Uncompressed bytes of the layout's columns."""
+    all_bytes: int
+    """Uncompressed bytes of all columns."""
 
     @property
     def num_rows(self) -> int:
@@ -194,4 +196,5 @@ def _open_shard(source: ObjectInfo, footer: Footer, config: InputConfig) -> Shar
         schema=schema,
         row_groups=footer.row_groups,
         text_bytes=sum(footer.column_bytes.get(name, 0) for name in columns.names.values()),
+        all_bytes=sum(footer.column_bytes.values()),
     )

@@ -9,13 +9,13 @@ import torch
 
 from pipeline import cluster, engine, inputs, models, storage, units
 from pipeline.budgets import SelectSettings
+from pipeline.columns import output_schema
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StorageError
 from pipeline.inputs import Corpus
 from pipeline.models import ModelRef
 from pipeline.rendering import Renderer
 from pipeline.settings import ScoringSettings
-from pipeline.subset import output_schema
 from pipeline.units import Plan
 
 log = logging.getLogger("cherry")

@@ -100,7 +100,13 @@ def to_parquet(table: pa.Table) -> bytes:
     """A table as the bytes of one Parquet object; the same table gives the same bytes."""
     sink = io.BytesIO()
     # Numbers hardly repeat: a dictionary of them makes parts 15 % larger and reading 40 % slower.
-    pq.write_table(table, sink, compression="zstd", use_dictionary=["status", "reason"])
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=["status", "reason"],
+        write_page_checksum=True,  # a flipped bit would be another score
+    )
     return sink.getvalue()
 
 

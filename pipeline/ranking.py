@@ -21,9 +21,8 @@ import ray
 from pipeline import candidates
 from pipeline.budgets import Rows, SelectSettings
 from pipeline.candidates import CANDIDATE, Candidates
-from pipeline.config import Order
 from pipeline.gathering import Refs, Run, find_runs, num_ranges
-from pipeline.scores import from_keys
+from pipeline.scores import Keys, from_keys
 from pipeline.survey import Survey
 from pipeline.units import Plan
 
@@ -35,7 +34,6 @@ CHOSEN = np.dtype([("rank", "<i8"), ("row", "<i8"), ("unit", "<u4"), ("level", "
 class Ranking:
     """The selected rows, and where the cuts fell. Arrays are by (level, group) unless said."""
 
-    order: Order
     chosen: Refs
     """Arrays of CHOSEN, in the order of ranks, in the object store."""
     selected: Rows
@@ -49,17 +47,17 @@ class Ranking:
     """By group: copies that rank ahead of the last row, passed over."""
 
 
-def rank(plan: Plan, settings: SelectSettings, survey: Survey, kept: Refs, asked: Rows) -> Ranking:
+def rank(plan: Plan, settings: SelectSettings, survey: Survey, early: Refs, asked: Rows) -> Ranking:
     """Rank the rows of a plan, down to the budgets.
 
     Args:
         plan: Whose parts are there.
         settings: Of the selection.
         survey: Of the same parts, from `survey_parts`.
-        kept: Likewise.
+        early: Likewise.
         asked: Rows asked for, by (level, group), from `asked_rows`.
     """
-    runs, copies = find_runs(plan, settings, survey, kept, asked[-1])
+    runs, copies = find_runs(plan, settings, survey, early, asked[-1])
     ranges = _arrange_runs(runs, len(survey.groups))
     return _keep_ranges(ranges, copies, settings, asked)
 
@@ -109,7 +107,6 @@ def _keep_ranges(
         [_count_copies.remote(some, last_rows[-1], found[-1], all_taken) for some in copies]
     )
     return Ranking(
-        order=settings.order,
         chosen=[chosen for chosen, _ in jobs],
         selected=np.minimum(asked, there),
         cuts=np.where(found, from_keys(keys, settings.order), np.nan),
@@ -122,10 +119,15 @@ def _keep_ranges(
 @ray.remote
 def _scatter(run: Candidates, ends: Candidates) -> tuple[Candidates, ...]:
     """A sorted run, cut where rows rank at or after each of `ends`."""
+    columns = [np.ascontiguousarray(run[name]) for name in candidates.RANK]
     cuts = []
     for end in ends:
-        low, high = np.searchsorted(run["key"], [end["key"], end["key"] + np.uint64(1)])
-        cuts.append(low + np.count_nonzero(candidates.before(run[low:high], end)))
+        low, high = 0, len(run)
+        for name, column in zip(candidates.RANK, columns, strict=True):  # down to rows that tie
+            tied = column[low:high]
+            first, last = (np.searchsorted(tied, end[name], side=s) for s in ("left", "right"))
+            low, high = low + int(first), low + int(last)
+        cuts.append(low)
     return tuple(np.split(run, cuts))
 
 
@@ -158,7 +160,7 @@ def _keep(
 
 @ray.remote
 def _count_ties(
-    ranked: Candidates, starts: Rows, asked: Rows, keys: Rows, found: npt.NDArray[np.bool_]
+    ranked: Candidates, starts: Rows, asked: Rows, keys: Keys, found: npt.NDArray[np.bool_]
 ) -> tuple[Rows, Rows]:
     """Rows of a range exactly at each cut, and the selected ones of them, by (level, group)."""
     levels, group = _levels(ranked, starts, asked), ranked["group"]

@@ -3,13 +3,9 @@
 Corpus text is foreign: it is shown as `Text`, never as markup, and without control characters.
 """
 
-import os
-import re
 import time
-import unicodedata
-from collections.abc import Iterator
-from typing import Any
 
+import numpy as np
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,24 +14,17 @@ from rich.text import Text
 from pipeline.estimate import Estimate
 from pipeline.garbage import Garbage
 from pipeline.parts import UnitDone
-from pipeline.rows import read_rows
+from pipeline.rows import take_rows
 from pipeline.run import Result, Summary
 from pipeline.samples import read_samples
-from pipeline.schemas import STATUSES
+from pipeline.schemas import BAD_LINE, STATUSES
+from pipeline.selection_report import selected, tables
+from pipeline.texts import plain, visible
 from pipeline.units import Plan
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)(TOKEN|KEY)$|CONNECTION_STRING")
-_LEAST_SECRET = 8
-"""Characters; a shorter value is part of ordinary words."""
-
 _ACTORS_SHOWN = (1, 2, 4, 8, 16)
 _GARBAGE_SHOWN = 20
-_GROUPS_SHOWN = 20
-_GROUP_NAME = 30
-"""Characters shown of a group's name."""
-_EXCERPT = 110
-"""Characters shown of a prompt and of a response."""
 
 
 class ScoringProgress:
@@ -91,13 +80,8 @@ def show(result: Result, console: Console) -> None:
     console.print(_status_table(summary))
     console.print(_facts(result))
     if result.selection:
-        manifest = result.selection.manifest
-        for table, shown in (
-            (_budgets, len(manifest["budgets"]) > 1),
-            (_groups, manifest["groups"]),
-        ):
-            if shown:
-                console.print(table(manifest), "")
+        for table in tables(result.selection.manifest):
+            console.print(table, "")
     if result.survey and result.survey.highest:
         by = result.selection.manifest["settings"]["by"] if result.selection else ""
         ends = {"Highest": result.survey.highest, "Lowest": result.survey.lowest}
@@ -162,29 +146,6 @@ def show_estimate(estimate: Estimate, console: Console) -> None:
         console.print(hours)
 
 
-def plain(text: str, limit: int = _EXCERPT) -> str:
-    """Text on one line, without control or formatting characters, cut at `limit`."""
-    kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[: 4 * limit])
-    line = " ".join(kept.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def without_secrets(text: str) -> str:
-    """Text with the values of secrets in the environment named instead of shown.
-
-    Nothing here puts one into a message; this is for what a library may quote.
-    """
-    for name, value in os.environ.items():
-        if len(value) >= _LEAST_SECRET and _SECRET_NAME.search(name):
-            text = text.replace(value, f"${name}")
-    return text
-
-
-def visible(text: str) -> str:
-    """Lines of text with control and formatting characters shown as U+FFFD."""
-    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
-
-
 def _status_table(summary: Summary) -> Table:
     table = Table(title="Rows", title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("status")
@@ -210,74 +171,9 @@ def _facts(result: Result) -> Group:
         + f"; {summary.seconds:.1f} s in all"
     ]
     if result.selection:
-        lines += _selected(result.selection.manifest)
+        lines += selected(result.selection.manifest)
     lines += [f"skipped: {visible(reason)}" for reason in summary.skipped_shards]
     return Group("", *(Text(line) for line in lines), "")
-
-
-def _selected(manifest: dict[str, Any]) -> Iterator[str]:
-    """What a selection did, in sentences."""
-    settings = manifest["settings"]
-    asked, selected = manifest["asked_rows"], manifest["selected_rows"]
-    kept = f"{selected:,} rows kept of {manifest['eligible_rows']:,} eligible"
-    if asked is not None and asked > selected:
-        kept += f" ({asked:,} were asked for: fewer are eligible)"
-    if manifest["cut"] is not None and not manifest["groups"]:
-        kept += f"; the cut is at {settings['by']} {manifest['cut']:.6f}"
-    yield kept
-    tied = manifest["rows_at_cut"]
-    if tied > 1 and not manifest["groups"]:
-        at = "all of them kept"
-        if manifest["selected_at_cut"] < tied:
-            at = f"{manifest['selected_at_cut']:,} of them kept, by the order of sample ids"
-        yield f"{tied:,} rows lie exactly at the cut, {at}"
-    for reason, count in manifest["rejected_rows"].items():
-        yield f"{count:,} scored rows not eligible: {reason}"
-    if manifest["duplicate_rows"]:
-        yield f"{manifest['duplicate_rows']:,} duplicates above the cut passed over"
-
-
-def _budgets(manifest: dict[str, Any]) -> Table:
-    """Where each of several budgets ends."""
-    table = Table(title="Budgets", title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("fraction", "rows", "cut", "rows at the cut", "kept of them"):
-        table.add_column(name, justify="right")
-    for budget in manifest["budgets"]:
-        table.add_row(
-            budget["fraction"],
-            f"{budget['selected_rows']:,}",
-            _ratio(budget["cut"]),
-            f"{budget['rows_at_cut']:,}",
-            f"{budget['selected_at_cut']:,}",
-        )
-    return table
-
-
-def _groups(manifest: dict[str, Any]) -> Table:
-    """The groups, those with the most rows first."""
-    groups = sorted(manifest["groups"], key=lambda group: -group["rows"])
-    title = f"Groups by {plain(manifest['settings']['group_by'])}"
-    if len(groups) > _GROUPS_SHOWN:
-        title += f": {_GROUPS_SHOWN} of {len(groups):,}, all of them in the manifest"
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("group", overflow="ellipsis", no_wrap=True)
-    for name in ("rows", "eligible", "asked", "kept", "cut"):
-        table.add_column(name, justify="right")
-    for group in groups[:_GROUPS_SHOWN]:
-        asked = group["asked_rows"]
-        table.add_row(
-            Text("null" if group["group"] is None else plain(group["group"], _GROUP_NAME)),
-            f"{group['rows']:,}",
-            f"{group['eligible_rows']:,}",
-            "" if asked is None else f"{asked:,}",
-            f"{group['selected_rows']:,}",
-            _ratio(group["cut"]),
-        )
-    return table
-
-
-def _ratio(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.6f}"
 
 
 def _samples(plan: Plan, rows: list[tuple[float, int, int]], title: str) -> Table:
@@ -287,7 +183,8 @@ def _samples(plan: Plan, rows: list[tuple[float, int, int]], title: str) -> Tabl
     table.add_column("response", ratio=1)
     for ratio, unit_index, row in rows:
         unit = plan.units[unit_index]
-        sample = next(read_samples(read_rows(unit).slice(row - unit.start, 1), unit.columns))
+        names = [*unit.columns.names.values(), BAD_LINE]
+        sample = next(read_samples(take_rows(unit.read_url, np.array([row]), names), unit.columns))
         prompt = " ".join(m.content for m in sample.messages if m.role in ("user", "input"))
         answer = " ".join(m.content for m in sample.messages if m.role == "assistant")
         table.add_row(f"{ratio:.4f}", Text(plain(prompt)), Text(plain(answer)))

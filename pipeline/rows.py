@@ -15,6 +15,8 @@ from pipeline.errors import InputError
 from pipeline.schemas import BAD_LINE
 from pipeline.units import Unit
 
+_ROWS_PER_BATCH = 2_000
+
 
 def read_rows(unit: Unit, columns: Collection[str] | None = None) -> pa.Table:
     """The rows of a unit; `columns` as in `take_rows`, None is the layout's own."""
@@ -42,7 +44,8 @@ def take_rows(url: str, rows: npt.NDArray[np.int64], columns: Collection[str]) -
                 f"{url}: got {starts[-1]} rows, expected more than {rows[-1]}: it changed while "
                 "it was read. Run again."
             )
-        pieces: list[pa.Table] = [parquet.schema_arrow.empty_table().select(names)]
+        empty = parquet.schema_arrow.empty_table().select(names)
+        pieces = [_without_views(empty)]
         for group in np.unique(np.searchsorted(starts, rows, side="right") - 1):
             first, last = np.searchsorted(rows, starts[group : group + 2])
             pieces += _take(parquet, int(group), names, rows[first:last] - starts[group])
@@ -56,14 +59,29 @@ def _take(
     pieces = []
     offset = 0
     # A task has one core: more threads would only take turns.
-    for batch in parquet.iter_batches(row_groups=[group], columns=names, use_threads=False):
+    batches = parquet.iter_batches(
+        _ROWS_PER_BATCH, row_groups=[group], columns=names, use_threads=False
+    )
+    for batch in batches:
         first, last = np.searchsorted(rows, [offset, offset + len(batch)])
         wanted = rows[first:last] - offset
-        if len(wanted) and wanted[-1] - wanted[0] + 1 == len(wanted):
-            pieces.append(pa.table(batch.slice(wanted[0], len(wanted))))
-        elif len(wanted):
-            pieces.append(pa.table(batch).take(pa.array(wanted)))
+        # `a.b` also brings the field b of a column a.
+        table = _without_views(pa.table(batch).select(names))
+        if len(wanted) == len(table):
+            pieces.append(table)
+        elif len(wanted):  # copied: a slice would keep the whole batch
+            pieces.append(table.take(pa.array(wanted)))
         offset += len(batch)
         if last == len(rows):
             break
     return pieces
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """Views as what they are views of: pyarrow has no `take` for them."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_string_view(field.type):
+            table = table.set_column(index, field.name, table[index].cast(pa.large_string()))
+        elif pa.types.is_binary_view(field.type):
+            table = table.set_column(index, field.name, table[index].cast(pa.large_binary()))
+    return table

@@ -4,6 +4,7 @@ A key is a float64 ratio as an unsigned integer; a smaller key ranks first. Its 
 bin: 256 bins for ratios from 0.5 to 1, so that the bin of a cut holds about a percent of a corpus.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.budgets import SelectSettings
 from pipeline.config import Order
-from pipeline.rows import read_rows
+from pipeline.errors import InputError
+from pipeline.rows import take_rows
 from pipeline.units import Plan, Unit
 
 Keys = npt.NDArray[np.uint64]
@@ -32,7 +34,7 @@ END_OF_KEYS = np.uint64((1 << 64) - 1)
 
 _READERS = 8
 _ROWS_PER_TASK = 500_000
-_MOST_TASKS = 512
+_MOST_TASKS = 256
 
 
 def to_keys(ratios: npt.NDArray[np.float64], order: Order) -> Keys:
@@ -88,7 +90,7 @@ class Task:
 
 
 def tasks(plan: Plan) -> Iterator[Task]:
-    """Cut a plan into tasks of about 500,000 rows; larger ones where there would be over 512."""
+    """Cut a plan into tasks of about 500,000 rows; larger ones where there would be over 256."""
     rows_per_task = max(_ROWS_PER_TASK, plan.num_rows // _MOST_TASKS)
     first = num_rows = 0
     for index, unit in enumerate(plan.units, start=1):
@@ -142,8 +144,7 @@ def read_scores(
             rejected[reason] = count
         eligible = eligible & ~hit
     if settings.group_by:
-        groups = pa.chunked_array([read_groups(u, settings.group_by) for u in task.units])
-        group_of_row = encode(groups.combine_chunks(), codes)
+        group_of_row = encode(read_groups(task, settings.group_by), codes)
     else:
         group_of_row = np.broadcast_to(np.int64(0), len(table))
     return Scores(
@@ -173,12 +174,30 @@ def read_columns(task: Task, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(parts).unify_dictionaries()
 
 
-def read_groups(unit: Unit, column: str) -> pa.Array:
-    """What a column of the input says of each row of a unit, as text; null where it is absent."""
-    rows = read_rows(unit, {column})
-    if column not in rows.schema.names:
-        return pa.nulls(unit.num_rows, pa.string())
-    return rows[column].cast(pa.string()).combine_chunks()
+def read_groups(task: Task, column: str) -> pa.Array:
+    """What a column of the input says of each row of a task, as text; null where it is absent.
+
+    Raises:
+        InputError: A shard cannot be read, or its text is not UTF-8.
+    """
+    found = []
+    for url, group in itertools.groupby(task.units, key=lambda unit: unit.read_url):
+        units = list(group)
+        rows = np.concatenate([np.arange(unit.start, unit.stop) for unit in units])
+        table = take_rows(url, rows, {column})
+        if column not in table.schema.names:
+            found.append(pa.nulls(len(rows), pa.string()))
+            continue
+        text = table[column].cast(pa.string()).combine_chunks()
+        try:
+            text.validate(full=True)  # Parquet does not look at the bytes
+        except pa.ArrowInvalid as err:
+            raise InputError(
+                f"shard {units[0].shard_url}: column '{column}', whose values are the groups of "
+                f"select.group_by: {err}. Convert it to UTF-8, or name another column."
+            ) from None
+        found.append(text)
+    return pa.chunked_array(found, pa.string()).combine_chunks()
 
 
 def encode(groups: pa.Array, codes: dict[str | None, int]) -> Positions:

@@ -20,11 +20,12 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.accounting import Audit
-from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows
+from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows, dealt_rows
+from pipeline.columns import output_schema
 from pipeline.errors import InputError, StorageError
 from pipeline.inputs import Corpus
 from pipeline.ranking import Ranking, rank
-from pipeline.subset import WRITER_VERSION, output_schema, write_subset
+from pipeline.subset import WRITER_VERSION, write_subset
 from pipeline.survey import Survey, survey_parts
 from pipeline.units import Plan, fingerprint
 
@@ -74,10 +75,11 @@ def select(
     if storage.exists(manifest_url):
         manifest = json.loads(storage.read_bytes(manifest_url))
     else:
-        survey, kept = survey_parts(plan, settings)
+        survey, early = survey_parts(plan, settings)
         of = {"all": survey.rows, "scored": survey.scored, "eligible": survey.eligible}
         asked = asked_rows(settings, survey.groups, of[settings.of], survey.eligible)
-        ranking = rank(plan, settings, survey, kept, asked)
+        ranking = rank(plan, settings, survey, early, asked)
+        outcomes = _outcomes(settings, ranking, asked, of[settings.of])
         parts = write_subset(plan, corpus, ranking, settings, schema, url)
         manifest = {
             "score_fingerprint": score_fp,
@@ -89,10 +91,10 @@ def select(
             "eligible_rows": int(survey.eligible.sum()),
             "rejected_rows": dict(sorted(survey.rejected.items())),
             "duplicate_rows": int(ranking.duplicates.sum()),
-            **_outcome(ranking, asked, -1),
+            **outcomes[-1],
             "budgets": [
-                {"fraction": fraction, **_outcome(ranking, asked, level)}
-                for level, fraction in enumerate(settings.fractions)
+                {"fraction": fraction, **outcome}
+                for fraction, outcome in zip(settings.fractions, outcomes, strict=False)
             ],
             "groups": _groups(survey, ranking, asked) if settings.group_by else [],
             "parts": parts,
@@ -104,25 +106,35 @@ def select(
                 "end, then run cherry select."
             )
         data = json.dumps(manifest, indent=1)
-        storage.publish(manifest_url, data.encode())
-        manifest = json.loads(data)  # the same, made now or found
+        if not storage.publish(manifest_url, data.encode()):
+            data = storage.read_bytes(manifest_url).decode()  # another driver was first
+        manifest = json.loads(data)
     _point_latest(output, {"manifest": f"cherry/{select_fp}/_MANIFEST.json"})
     return Selection(url, manifest_url, manifest), survey
 
 
-def _outcome(ranking: Ranking, asked: Rows, level: int) -> dict[str, Any]:
-    """What one budget came to; without quotas it is the first `selected_rows` rows."""
-    cuts = [cut for cut in ranking.cuts[level].tolist() if not math.isnan(cut)]
-    unlimited = UNLIMITED in asked[level]
-    descending = ranking.order == "descending"
-    return {
-        "asked_rows": None if unlimited else int(asked[level].sum()),
-        "selected_rows": int(ranking.selected[level].sum()),
-        # Under quotas each group has its own: this is where the one that went furthest ended.
-        "cut": (min if descending else max)(cuts) if cuts else None,
-        "rows_at_cut": int(ranking.rows_at_cut[level].sum()),
-        "selected_at_cut": int(ranking.selected_at_cut[level].sum()),
-    }
+def _outcomes(
+    settings: SelectSettings, ranking: Ranking, asked: Rows, of: Rows
+) -> list[dict[str, Any]]:
+    """What each budget came to; without quotas it is the first `selected_rows` rows."""
+    wanted = [None if UNLIMITED in level else int(level.sum()) for level in asked]
+    if settings.quotas == "proportional":
+        wanted = [*dealt_rows(settings, of)]
+    furthest = min if settings.order == "descending" else max
+    outcomes = []
+    for level, rows in enumerate(wanted):
+        cuts = [cut for cut in ranking.cuts[level].tolist() if not math.isnan(cut)]
+        outcomes.append(
+            {
+                "asked_rows": rows,
+                "selected_rows": int(ranking.selected[level].sum()),
+                # Under quotas each group has its own: of the one that went furthest.
+                "cut": furthest(cuts) if cuts else None,
+                "rows_at_cut": int(ranking.rows_at_cut[level].sum()),
+                "selected_at_cut": int(ranking.selected_at_cut[level].sum()),
+            }
+        )
+    return outcomes
 
 
 def _groups(survey: Survey, ranking: Ranking, asked: Rows) -> list[dict[str, Any]]:

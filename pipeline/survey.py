@@ -15,6 +15,7 @@ import ray
 from pipeline import candidates
 from pipeline.budgets import Rows, SelectSettings
 from pipeline.candidates import CANDIDATE, Candidates
+from pipeline.errors import ConfigError
 from pipeline.scores import (
     END_OF_KEYS,
     NUM_BINS,
@@ -29,6 +30,8 @@ from pipeline.scores import (
 from pipeline.units import Plan
 
 _EXTREMES = 5
+_MOST_GROUPS = 100_000
+_MERGED_AT_ONCE = 8
 _KEEP_MORE, _KEEP_LEAST = 1.25, 1000
 """Where shards differ no more than that, and hold no more copies, no part is read twice."""
 
@@ -82,8 +85,8 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Candidates that a task kept while it looked at its parts: all that rank ahead of a key."""
+class Early:
+    """Candidates that a task found while it surveyed its parts: all that rank ahead of a key."""
 
     rows: Candidates
     """Sorted."""
@@ -94,8 +97,11 @@ def survey_parts(plan: Plan, settings: SelectSettings) -> tuple[Survey, list[Any
     """Look at every part once, in Ray tasks.
 
     Returns:
-        The survey, and of each task a reference to what it kept, so that most parts need no second
-        look: somewhat more than its share of the rows that are asked for.
+        The survey, and of each task a reference to early candidates, so that most parts need no
+        second look: somewhat more than its share of the rows that are asked for.
+
+    Raises:
+        ConfigError: `group_by` has so many values that they are no groups.
     """
     share = 0.0
     if not settings.group_by and settings.threshold is None:
@@ -106,11 +112,22 @@ def survey_parts(plan: Plan, settings: SelectSettings) -> tuple[Survey, list[Any
     for task in tasks(plan):
         most = math.ceil(_KEEP_MORE * share * task.num_rows) + _KEEP_LEAST if share else 0
         jobs.append(job.remote(task, settings, most))
-    return _merge(ray.get([survey for survey, _ in jobs])), [kept for _, kept in jobs]
+    surveys = [survey for survey, _ in jobs]
+    while len(surveys) > _MERGED_AT_ONCE:  # many groups make large surveys: not all of them here
+        surveys = [
+            _merge_some.remote(*surveys[start : start + _MERGED_AT_ONCE])
+            for start in range(0, len(surveys), _MERGED_AT_ONCE)
+        ]
+    return _merge(ray.get(surveys)), [early for _, early in jobs]
 
 
 @ray.remote
-def _survey(task: Task, settings: SelectSettings, most: int) -> tuple[Survey, Kept]:
+def _merge_some(*surveys: Survey) -> Survey:
+    return _merge(surveys)
+
+
+@ray.remote
+def _survey(task: Task, settings: SelectSettings, most: int) -> tuple[Survey, Early]:
     """Look at the parts of one task."""
     codes: dict[str | None, int] = {} if settings.group_by else {None: 0}
     scores = read_scores(task, settings, codes, *(["sample_id"] if most else []))
@@ -132,10 +149,10 @@ def _survey(task: Task, settings: SelectSettings, most: int) -> tuple[Survey, Ke
         lowest=last if settings.order == "descending" else first,
     )
     if not most:
-        return survey, Kept(np.empty(0, CANDIDATE), np.uint64(0))
+        return survey, Early(np.empty(0, CANDIDATE), np.uint64(0))
     end_key = np.partition(keys, most)[most] if most < len(keys) else END_OF_KEYS
     inside = np.flatnonzero(keys < end_key)
-    return survey, Kept(candidates.make(task, scores, at[inside], keys[inside]), end_key)
+    return survey, Early(candidates.make(task, scores, at[inside], keys[inside]), end_key)
 
 
 def _count(codes: Rows, num_groups: int) -> Rows:
@@ -150,6 +167,11 @@ def _rows_at(task: Task, at: Rows, ratios: npt.NDArray[np.float64]) -> list[Extr
 def _merge(surveys: Sequence[Survey]) -> Survey:
     values = {group for survey in surveys for group in survey.groups}
     groups = tuple(sorted(values, key=lambda value: (value is None, value or "")))
+    if len(groups) > _MOST_GROUPS:
+        raise ConfigError(
+            f"key 'select.group_by': the column has over {_MOST_GROUPS:,} values, expected groups "
+            "such as sources or languages. Name another column."
+        )
     code_of = {group: code for code, group in enumerate(groups)}
     codes = [np.array([code_of[group] for group in s.groups], np.int64) for s in surveys]
     cells = pa.concat_tables(
@@ -165,7 +187,7 @@ def _merge(surveys: Sequence[Survey]) -> Survey:
         rejected=sum((s.rejected for s in surveys), Counter()),
         rows=_sums(code, np.concatenate([s.rows for s in surveys]), len(groups)),
         scored=_sums(code, np.concatenate([s.scored for s in surveys]), len(groups)),
-        cells=_added(cells),
+        cells=_merged(cells),
         highest=highest[:_EXTREMES],
         lowest=lowest[:_EXTREMES],
     )
@@ -176,7 +198,7 @@ def _cells(numbers: Rows, rows: Rows) -> pa.Table:
     return pa.table({"group": numbers // NUM_BINS, "bin": numbers % NUM_BINS, "rows": rows})
 
 
-def _added(cells: pa.Table) -> pa.Table:
+def _merged(cells: pa.Table) -> pa.Table:
     """Cells with equal group and bin made one."""
     group, bins, rows = (cells[name].to_numpy() for name in cells.schema.names)
     numbers, at = np.unique(group * NUM_BINS + bins, return_inverse=True)

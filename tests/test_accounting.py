@@ -11,6 +11,7 @@ import pytest
 from pipeline import accounting
 from pipeline.accounting import audit
 from pipeline.errors import AccountingError
+from pipeline.parts import to_parquet
 from pipeline.schemas import PART
 from pipeline.units import Plan, Unit, make_plan
 
@@ -78,6 +79,20 @@ def test_a_truncated_part_never_counts(ray_local: None, plan: Plan) -> None:
     audit(plan)  # the ledger knows it whole
     path = Path(plan.part_url(plan.units[2]))
     path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(AccountingError, match=f"{plan.units[2].unit_id}.*not readable as Parquet"):
+        audit(plan)
+
+
+def test_a_flipped_bit_of_a_score_is_noticed(ray_local: None, plan: Plan) -> None:
+    path = Path(plan.part_url(plan.units[2]))
+    ratios = pa.array([0.1 * n for n in range(1, 6)])
+    table = pq.read_table(path, schema=PART)
+    at = table.schema.names.index("ifd_loss_ratio")
+    path.write_bytes(to_parquet(table.set_column(at, PART.field(at), [ratios])))
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(at)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
     with pytest.raises(AccountingError, match=f"{plan.units[2].unit_id}.*not readable as Parquet"):
         audit(plan)
 

@@ -103,7 +103,9 @@ def test_a_table_of_counts_and_fractions() -> None:
 
 
 def test_a_table_with_an_unknown_group_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no group 'wbe' .it has 3: code, null, web"):
+    with pytest.raises(
+        ConfigError, match=r"no group 'wbe' .it has 3: 'code', 'null', 'web'.*Did you mean 'web'"
+    ):
         asked_by_group(wanted(group_by="g", quotas={"wbe": 3}), SIZES)
 
 
@@ -122,6 +124,12 @@ def test_a_floor_that_takes_all_is_dealt_in_turns() -> None:
     assert deal(2, np.array([5, 100, 50]), np.array([5, 100, 50]), 3) == [0, 1, 1]
     assert deal(0, np.array([5, 100, 50]), np.array([5, 100, 50]), 3) == [0, 0, 0]
     assert deal(9, np.array([5, 100, 50]), np.array([1, 100, 50]), 3) == [1, 5, 3]
+
+
+def test_a_floor_is_dealt_in_no_time_however_high() -> None:
+    most = np.full(1000, 10**12)
+    dealt = deal(5 * 10**10 + 3, most, most, 10**9)
+    assert (sum(dealt), max(dealt), min(dealt)) == (5 * 10**10 + 3, 5 * 10**7 + 1, 5 * 10**7)
 
 
 def one_by_one(rows: int, weights: list[int], most: list[int], floor: int) -> list[int]:

@@ -19,7 +19,7 @@ from click.testing import Result
 from conftest import REPOSITORY, ROWS, S3, read_parts, write_parquet
 from typer.testing import CliRunner
 
-from pipeline import __version__, cli, cluster, report
+from pipeline import __version__, cli, cluster, texts
 from pipeline.cli import app
 
 SUMMARY_KEYS = {
@@ -188,7 +188,7 @@ def test_a_fraction_outside_0_to_1(refused: Callable[..., str]) -> None:
 
 def test_two_budgets(refused: Callable[..., str]) -> None:
     said = refused("select.count=10")  # the file sets a fraction
-    assert_says(said, "key 'select': set one of fraction and count, and the others to null")
+    assert_says(said, "key 'select': set one of fraction and count, and leave the others out")
 
 
 def test_a_model_path_that_does_not_exist(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -264,9 +264,9 @@ def test_a_hostile_column_name_is_shown_harmlessly(
 
 
 def test_hostile_text_is_cut_to_one_plain_line() -> None:
-    assert report.plain("[/b] a\n\tb\x1b[31m\u202ec\x00\u2028d\r") == "[/b] a b [31m c d"
-    assert report.plain("x" * 500, limit=160) == "x" * 159 + "…"
-    assert report.plain("\x00" * 10**7) == ""
+    assert texts.plain("[/b] a\n\tb\x1b[31m\u202ec\x00\u2028d\r") == "[/b] a b [31m c d"
+    assert texts.plain("x" * 500, limit=160) == "x" * 159 + "…"
+    assert texts.plain("\x00" * 10**7) == ""
 
 
 def test_a_missing_path_ends_a_real_process_before_ray_starts(job: Path, tmp_path: Path) -> None:
@@ -320,7 +320,9 @@ def test_json_prints_one_object_and_nothing_else_on_standard_output(job: Path) -
 def test_without_json_the_report_is_on_standard_output(job: Path, ray_local: None) -> None:
     done = cherry("run", job)
     assert done.exit_code == 0, done.stderr
-    assert_says(done.stdout, "Rows", "rows kept of", f"manifest {job.parent}/out/cherry/")
+    assert_says(
+        done.stdout, "Rows", "rows kept: 0.25 of all 40 rows", f"manifest {job.parent}/out/cherry/"
+    )
     assert "manifest" not in done.stderr
 
 

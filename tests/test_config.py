@@ -167,6 +167,37 @@ def test_two_budgets_are_refused(budgets: dict[str, float]) -> None:
     assert f"set one of {' and '.join(budgets)}" in said
 
 
+@pytest.mark.parametrize(
+    ("select", "says"),
+    [
+        ({"quotas": {"a": 1}}, "quotas need group_by"),
+        ({"group_by": "g", "quotas": {}}, "the table of quotas is empty"),
+        (
+            {"group_by": "g", "quotas": {"a": 1}, "count": 3},
+            "set one of count and a table of quotas",
+        ),
+        ({"group_by": "g", "quotas": {"a": 1.5}}, "expected a fraction from 0 to 1"),
+        ({"group_by": "g", "quotas": {"a": True}}, "expected a count (100) or a fraction"),
+        ({"group_by": "g", "quotas": {"a": "web"}}, "expected a count (100) or a fraction"),
+        ({"group_by": "g", "quotas": {7: 1}}, "put it in quotes, '7'"),
+        ({"group_by": "g", "quotas": "proportion"}, "Did you mean 'proportional'?"),
+        ({"group_by": "g", "quotas": "proportional", "threshold": 0.5}, "no rows to deal out"),
+        ({"group_by": "g", "floor": 3}, "floor needs quotas: proportional"),
+        ({"fractions": [0.1, 1.1]}, "key 'select.fractions': got 1.1"),
+        ({"fraction": 0.1, "fractions": [0.1]}, "set one of fraction and fractions"),
+        ({"count": True}, "key 'select.count': got True"),
+        ({"count": 2**62}, "key 'select.count'"),
+        ({"min_ifd": 0.9, "max_ifd": 0.5}, "no row has min_ifd 0.9 <= ratio < max_ifd 0.5"),
+        ({"threshold": 1.2}, "over the threshold 1.2: max_ifd is 1"),
+        ({"threshold": 0.1, "min_ifd": 0.2, "order": "ascending"}, "under the threshold 0.1"),
+    ],
+)
+def test_selections_that_cannot_be_meant_are_refused(select: dict[str, Any], says: str) -> None:
+    said = refusal(select=select)
+    assert says in said
+    assert said.count("\n") == 0
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0001, 10, "nan", "inf", "ten percent", True])
 def test_a_fraction_outside_0_to_1_is_refused(fraction: Any) -> None:
     assert f"key 'select.fraction': got {fraction!r}" in refusal(select={"fraction": fraction})
@@ -284,13 +315,14 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
 _counts = st.integers(1, 10**9)
 _floats = st.floats(-1e6, 1e6)
 _names = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1)
-_budgets = st.sampled_from(["fraction", "count", "threshold", None])
+_budgets = st.sampled_from(["fraction", "fractions", "count", "threshold", None])
 
 
 @st.composite
 def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
     values = {
         "fraction": draw(st.decimals(0, 1, places=6)),
+        "fractions": draw(st.lists(st.decimals(0, 1, places=6), min_size=1)),
         "count": draw(_counts),
         "threshold": draw(_floats),
     }
@@ -309,7 +341,7 @@ def raw_configs(draw: st.DrawFn) -> dict[str, Any]:
             "unit_rows": draw(st.just("auto") | _counts),
             "max_error_fraction": draw(st.floats(0, 1)),
         },
-        "select": {"max_ifd": draw(st.none() | _floats)}
+        "select": {"max_ifd": None if budget == "threshold" else draw(st.none() | _floats)}
         | ({budget: values[budget]} if budget else {}),
     }
 

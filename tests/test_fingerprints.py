@@ -9,7 +9,8 @@ import pytest
 from conftest import tiny_model
 
 from pipeline.budgets import SelectSettings
-from pipeline.config import Config, SelectConfig, _all_keys
+from pipeline.config import Config, SelectConfig
+from pipeline.config_faults import all_keys
 from pipeline.job import check, plan
 
 pytestmark = pytest.mark.ray
@@ -70,7 +71,7 @@ NEEDS = {
 
 
 def test_every_key_is_on_one_side() -> None:
-    leaves = {key for key in _all_keys() if "." in key or key == "output"}
+    leaves = {key for key in all_keys(Config) if "." in key or key == "output"}
     sides = [CHANGE_THE_SCORE, CHANGE_THE_UNITS, CHANGE_NOTHING, CHANGE_THE_SELECTION]
     assert leaves == set().union(*sides)
     assert sum(map(len, sides)) == len(leaves)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from pipeline import footers, ingest, inputs
 from pipeline.budgets import SelectSettings
+from pipeline.columns import output_schema
 from pipeline.config import InputConfig, SelectConfig
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
 from pipeline.samples import read_samples
 from pipeline.schemas import BAD_LINE
-from pipeline.subset import output_schema
 from pipeline.units import make_plan
 
 Row = dict[str, Any]

@@ -1,5 +1,6 @@
 """The cherry subset: columns and types, formats, and what is read to write it."""
 
+import itertools
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -10,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from scored_corpus import MALFORMED, plan_of, read, row, scored, select, select_into, wanted
 
+from pipeline import subset
+from pipeline.columns import output_schema
 from pipeline.config import InputConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs import Corpus, open_corpus
 from pipeline.schemas import BAD_LINE, SELECTED
-from pipeline.subset import output_schema
 
 ray = pytest.mark.ray
 
@@ -71,7 +73,13 @@ def test_columns_and_types_are_kept(ray_local: None, tmp_path: Path) -> None:
     plan, corpus = plan_of(str(folder), tmp_path / "out", [rows[:7], rows[7:]])
     found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="0.75"), "fp")
     table = read(found)
-    assert table.schema.remove_metadata() == pa.schema([*schema, *SELECTED])
+    # Codes get room for the values of other shards; all else stays as it was.
+    roomy = {
+        "instruction": pa.dictionary(pa.int32(), pa.string()),
+        "tags": pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    }
+    kept = [field.with_type(roomy.get(field.name, field.type)) for field in schema]
+    assert table.schema.remove_metadata() == pa.schema([*kept, *SELECTED])
     best = sorted(range(12), key=lambda n: -ratios[n])[:9]
     assert table.select(schema.names).to_pylist() == [values[n] for n in best]
 
@@ -145,8 +153,17 @@ def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) 
         (pa.array([{"a": 1}] * 2), pa.array([{"a": "x"}] * 2)),
         (pa.array([0, 1], pa.timestamp("us")), pa.array([0, 1], pa.timestamp("us", "UTC"))),
         (pa.array(["x", "y"]).dictionary_encode(), pa.array(["x", "y"])),
+        (pa.array(["x", "y"]), pa.array([b"x", b"y"])),
     ],
-    ids=["int text", "int bool", "list struct", "in a struct", "time zone", "dictionary text"],
+    ids=[
+        "int text",
+        "int bool",
+        "list struct",
+        "in a struct",
+        "time zone",
+        "dictionary text",
+        "text bytes",
+    ],
 )
 def test_types_that_do_not_go_together_name_both_shards(
     tmp_path: Path, one: pa.Array, other: pa.Array
@@ -208,6 +225,76 @@ def test_smallest_fraction_is_reserved_only_where_it_is_written(tmp_path: Path) 
         output_schema(corpus, several)
 
 
+def select_all(folder: Path, *tables: pa.Table, **config: Any) -> Any:
+    """Select every row of a corpus, the first one first."""
+    write_and_open(folder / "corpus", *tables)
+    ids = itertools.count(1)
+    rows = [[row(0.9 - n / 10_000, n) for n in itertools.islice(ids, len(t))] for t in tables]
+    plan, corpus = plan_of(str(folder / "corpus"), folder / "out", rows)
+    return select(plan, corpus, str(folder / "out"), wanted(fraction="1", **config), "fp")[0]
+
+
+@ray
+def test_a_column_may_have_any_name(ray_local: None, tmp_path: Path) -> None:
+    """`line` is what rows of JSON are called on their way; dots say nothing about nesting."""
+    odd = {"line": ["1", "2"], "a": [{"b": 1}, {"b": 2}], "a.b": [3, 4], "rank.of": [5, 6]}
+    table = pa.table(TEXTS | odd)
+    assert read(select_all(tmp_path, table)).drop(SELECTED.names).to_pylist() == table.to_pylist()
+
+
+@ray
+def test_each_shard_has_categories_of_its_own(ray_local: None, tmp_path: Path) -> None:
+    tables = []
+    for shard in range(3):
+        names = pa.array([f"{shard}:{n}" for n in range(100)])
+        kinds = pa.array([f"kind {shard} {n}" for n in range(100)])
+        kinds = kinds.cast(pa.dictionary(pa.int8(), pa.string()))
+        tables.append(pa.table({"instruction": names, "output": names, "kind": kinds}))
+    found = read(select_all(tmp_path, *tables))
+    assert found["kind"].to_pylist() == [f"kind {s} {n}" for s in range(3) for n in range(100)]
+
+
+@ray
+def test_views_are_written_as_what_they_are_views_of(ray_local: None, tmp_path: Path) -> None:
+    texts = {name: pa.array(values, pa.string_view()) for name, values in TEXTS.items()}
+    found = read(select_all(tmp_path, pa.table(texts)))
+    assert found.schema.field("output").type == pa.large_string()
+    assert found.select(["instruction", "output"]).to_pydict() == TEXTS
+
+
+def test_objects_and_text_over_pieces_of_json_do_not_go_together(tmp_path: Path) -> None:
+    for name, one, other in (("a", {"x": 1}, "text"), ("b", "text", {"x": 1}), ("c", [1], "text")):
+        folder = tmp_path / name / "in"
+        folder.mkdir(parents=True)
+        for number, value in enumerate((one, other)):
+            line = json.dumps({"prompt": "a", "completion": "b", "meta": value})
+            (folder / f"{number}.jsonl").write_text(line)
+        corpus = open_corpus(InputConfig(path=str(folder)), str(tmp_path / name / "out"))
+        with pytest.raises(InputError, match="column 'meta'"):
+            output_schema(corpus, wanted())
+
+
+def test_shards_without_rows_say_nothing_of_columns(tmp_path: Path) -> None:
+    full, empty = pa.table({**TEXTS, "odd": [1, 2]}), pa.table({**TEXTS, "odd": ["x", "y"]})
+    corpus = write_and_open(tmp_path / "corpus", full, empty.slice(0, 0))
+    assert output_schema(corpus, wanted()).field("odd").type == pa.int64()
+
+
+@ray
+def test_parts_are_shorter_where_rows_are_long(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subset, "_MOST_BYTES_PER_PART", 5_000)
+    monkeypatch.setattr(subset, "_MOST_TASKS", 2)  # a writer has several parts
+    names = [f"0:{n}" for n in range(30)]
+    long = [f"{n:01000}" for n in range(30)]
+    found = select_all(tmp_path, pa.table({"instruction": names, "output": long}))
+    sizes = [part["rows"] for part in found.manifest["parts"]]
+    assert set(sizes[:-1]) <= {2, 3, 4}
+    assert sum(sizes) == 30
+    assert read(found)["instruction"].to_pylist() == names
+
+
 # Groups
 
 
@@ -256,7 +343,7 @@ def test_groups_are_the_values_as_text(
 @ray
 def test_a_quota_of_a_group_that_is_not_there_is_refused(ray_local: None, tmp_path: Path) -> None:
     plan, corpus = scored(tmp_path, [[row(0.4, 1, group="web"), row(0.3, 2, group="code")]])
-    with pytest.raises(ConfigError, match=r"no group 'wbe' .it has 2: code, web"):
+    with pytest.raises(ConfigError, match=r"no group 'wbe' .it has 2: 'code', 'web'.*mean 'web'"):
         select_into(tmp_path, plan, corpus, group_by="source", quotas={"wbe": 1})
 
 
@@ -308,45 +395,94 @@ ALPACA = {"instruction": ["a", "b", "c"], "input": ["x", "", None], "output": ["
 
 @ray
 def test_alpaca_rows_as_trainers_read_them(ray_local: None, tmp_path: Path) -> None:
-    table = pa.table({**ALPACA, "other": [1, 2, 3]})
+    table = pa.table({"other": [1, 2, 3], **ALPACA})
     assert select_as(tmp_path / "alpaca", table, "alpaca_jsonl") == [
-        {"instruction": "a", "input": "x", "output": "1"},
-        {"instruction": "b", "input": "", "output": "2"},
-        {"instruction": "c", "input": "", "output": "3"},
+        {"instruction": "a", "input": "x", "output": "1", "other": 1},
+        {"instruction": "b", "input": "", "output": "2", "other": 2},
+        {"instruction": "c", "input": "", "output": "3", "other": 3},
     ]
     assert select_as(tmp_path / "messages", table, "messages_jsonl") == [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-        for q, a in (("a\nx", "1"), ("b", "2"), ("c", "3"))
+        {
+            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+            "other": n,
+        }
+        for q, a, n in (("a\nx", "1", 1), ("b", "2", 2), ("c", "3", 3))
     ]
     assert select_as(tmp_path / "own", table, "jsonl") == table.to_pylist()
 
 
 @ray
 def test_chats_as_trainers_read_them(ray_local: None, tmp_path: Path) -> None:
-    table = pa.table({"messages": CHAT})
+    table = pa.table({"messages": CHAT, "tools": ["[]", None]})
     assert select_as(tmp_path / "messages", table, "messages_jsonl") == [
-        {"messages": messages} for messages in CHAT
+        {"messages": CHAT[0][:5], "tools": "[]"},  # what nobody answered is no part of the score
+        {"messages": CHAT[1], "tools": None},
     ]
     assert select_as(tmp_path / "alpaca", table, "alpaca_jsonl") == [
         {
-            "instruction": "And?", "input": "", "output": "Bye",
-            "system": "Be brief.", "history": [["Hi", "Hello"]],
+            "instruction": "And?", "input": "", "output": "Bye", "system": "Be brief.",
+            "history": [["Hi", "Hello"]], "tools": "[]",
         },
-        {"instruction": "One\nline\u2028", "input": "", "output": "é"},
+        {
+            "instruction": "One\nline\u2028", "input": "", "output": "é", "system": "",
+            "history": [], "tools": None,
+        },
     ]  # fmt: skip
+    [part] = (tmp_path / "messages/out").rglob("*.jsonl")
+    assert len(part.read_text().splitlines()) == 2  # U+2028 does not end one
 
 
 @ray
-def test_what_has_no_form_as_alpaca_is_refused(ray_local: None, tmp_path: Path) -> None:
-    turns = [[{"role": "user", "content": "a"}, *CHAT[1]]]
+def test_every_message_has_the_same_keys(ray_local: None, tmp_path: Path) -> None:
+    call = [{"name": "f", "arguments": "{}"}]
+    chats = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": call},
+            {"role": "tool", "content": "1", "name": "f"},
+            {"role": "assistant", "content": "b"},
+        ],
+    ]
+    lines = select_as(tmp_path, pa.table({"messages": chats}), "messages_jsonl")
+    keys = {tuple(message) for line in lines for message in line["messages"]}
+    assert keys == {("role", "content", "name", "tool_calls")}
+    assert lines[1]["messages"][1]["tool_calls"] == call
+
+
+@ray
+@pytest.mark.parametrize(
+    ("chat", "says"),
+    [
+        ([{"role": "user", "content": "a"}, *CHAT[1]], "after 0 messages come user, user"),
+        (
+            [CHAT[1][0], {**CHAT[1][1], "tool_calls": [{"name": "f"}]}],
+            "a sample that calls tools",
+        ),
+    ],
+    ids=["two users", "tools"],
+)
+def test_what_has_no_form_as_alpaca_is_refused(
+    ray_local: None, tmp_path: Path, chat: list[dict[str, Any]], says: str
+) -> None:
     with pytest.raises(InputError) as caught:
-        select_as(tmp_path, pa.table({"messages": turns}), "alpaca_jsonl")
+        select_as(tmp_path, pa.table({"messages": [CHAT[1], chat]}), "alpaca_jsonl")
     said = str(caught.value.cause)
-    assert said.startswith(
-        f"shard {tmp_path}/corpus/shard-0.parquet: a sample with the roles user,"
-    )
-    assert said.endswith("Set select.format: messages_jsonl.")
+    assert said.startswith(f"shard {tmp_path}/corpus/shard-0.parquet, row 1: {says}")
+    assert "Set select.format: messages_jsonl and run cherry select" in said
     assert not (tmp_path / "out" / "LATEST.json").exists()
+
+
+@ray
+def test_text_that_is_not_utf8_is_named(ray_local: None, tmp_path: Path) -> None:
+    column = pa.array([b"ok", b"\xff"]).view(pa.string())
+    table = pa.table({**TEXTS, "odd": column})
+    with pytest.raises(InputError) as caught:
+        select_all(tmp_path / "group", table, group_by="odd")
+    assert "shard-0.parquet: column 'odd'" in str(caught.value.cause)
+    with pytest.raises(InputError) as caught:
+        select_all(tmp_path / "line", table, format="jsonl")
+    assert "shard-0.parquet, row 0 or a row after it" in str(caught.value.cause)
 
 
 # What is read

@@ -1,0 +1,122 @@
+"""The columns of a cherry subset: one schema for shards that differ."""
+
+import difflib
+
+import pyarrow as pa
+
+from pipeline.budgets import SelectSettings
+from pipeline.errors import ConfigError, InputError
+from pipeline.inputs import Corpus, Shard
+from pipeline.schemas import BAD_LINE, SELECTED, SMALLEST_FRACTION
+
+_GROUPS = ("is_string", "is_large_string", "is_string_view", "is_integer", "is_boolean", "is_null")
+_TEXT = ("is_string", "is_large_string", "is_string_view")
+_BYTES = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
+
+
+def added_columns(settings: SelectSettings) -> pa.Schema:
+    """What a selection says of each row, after the input's own columns."""
+    if settings.group_by and len(settings.fractions) > 1:
+        return SELECTED.append(SMALLEST_FRACTION)
+    return SELECTED
+
+
+def output_schema(corpus: Corpus, settings: SelectSettings) -> pa.Schema:
+    """Columns of the cherry subset: the input's, then those of `added_columns`.
+
+    Shards may differ: the output has every column that any shard has, in order of first
+    appearance, null where a shard lacks it; a column's types are widened (int32 and int64, int64
+    and double, null and anything), and a value that the common type cannot hold ends the writing.
+    JSON has no types of its own: scalars that differ over ingested pieces become text. Codes of
+    dictionaries become int32, because each shard has values of its own. Shards without rows say
+    nothing.
+
+    Raises:
+        InputError: A column has types that do not go together, or a reserved name.
+        ConfigError: `group_by` names no column, or one whose values are no names of groups.
+    """
+    added = added_columns(settings)
+    shards = [shard for shard in corpus.shards if shard.num_rows]
+    if settings.group_by:
+        _check_group_by(settings.group_by, shards)
+    merged: dict[str, pa.DataType] = {}
+    owner: dict[str, Shard] = {}
+    for shard in shards:
+        for column in shard.schema:
+            if column.name in added.names:
+                raise InputError(
+                    f"shard {shard.url}: column '{column.name}' has a name that the output needs "
+                    f"({', '.join(added.names)}). Rename it in the input."
+                )
+            if column.name == BAD_LINE:
+                continue
+            first = owner.setdefault(column.name, shard)
+            known, kind = merged.get(column.name, pa.null()), _written(column.type)
+            widened = _widen(known, kind)
+            if widened is None and first.ingested and shard.ingested:
+                nested = pa.types.is_nested(known) or pa.types.is_nested(kind)
+                widened = None if nested else pa.string()
+            if widened is None:
+                raise InputError(
+                    f"column '{column.name}': {known} in shard {first.url}, {kind} in "
+                    f"shard {shard.url}. Convert one of them, or run the shards as two corpora."
+                )
+            merged[column.name] = widened
+    return pa.schema([*merged.items(), *added])
+
+
+def _check_group_by(name: str, shards: list[Shard]) -> None:
+    columns = dict.fromkeys(column.name for shard in shards for column in shard.schema)
+    if name not in columns:
+        near = difflib.get_close_matches(name, columns, n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else "Name one of these, or null."
+        raise ConfigError(
+            f"key 'select.group_by': no shard has a column '{name}' (they have: "
+            f"{', '.join(columns)}). {hint}"
+        )
+    for shard in shards:
+        if name in shard.schema.names:
+            kind = shard.schema.field(name).type
+            values = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not _is_any(values, _GROUPS):
+                raise ConfigError(
+                    f"key 'select.group_by': column '{name}' has type {kind} in shard {shard.url}, "
+                    "expected text, whole numbers or true and false. Name another column, or add "
+                    "one to the input."
+                )
+
+
+def _written(kind: pa.DataType) -> pa.DataType:
+    """A column's type as it can be put together from many shards.
+
+    Dictionaries get codes with room for the values of all of them; views, for which pyarrow lacks
+    `take`, become what they are views of.
+    """
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(pa.int32(), _written(kind.value_type), kind.ordered)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_written(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_written(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_written(kind.value_type)))
+    return kind
+
+
+def _is_any(kind: pa.DataType, tests: tuple[str, ...]) -> bool:
+    return any(getattr(pa.types, test)(kind) for test in tests)
+
+
+def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The common type of two, if there is one."""
+    if any(_is_any(a, _TEXT) and _is_any(b, _BYTES) for a, b in ((one, other), (other, one))):
+        return None  # pyarrow would make bytes of the text
+    both = [pa.schema([("column", kind)]) for kind in (one, other)]
+    try:
+        return pa.unify_schemas(both, promote_options="permissive").field("column").type
+    except pa.ArrowTypeError:
+        return None

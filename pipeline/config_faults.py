@@ -1,0 +1,56 @@
+"""What is wrong with a config, in words: pydantic's faults as what, where, got, expected, fix."""
+
+import difflib
+import re
+from typing import Any
+
+from pydantic import BaseModel
+
+_CREDENTIALS = re.compile(r"://([^/]*|[^/:]+:(?!\d+/)[^@]*)@")
+"""`user:secret@` in any URL of a chain. AWS secrets may hold slashes; `host:8020/` is no secret."""
+_SIGNED = re.compile(r"[?&](x-amz-\w+|x-goog-\w+|signature|sig|(access_)?token)=", re.IGNORECASE)
+"""A presigned URL is a credential itself."""
+
+
+def carries_credentials(text: str) -> bool:
+    """Whether a URL in the text holds a password, a key or a signature."""
+    return bool(_CREDENTIALS.search(text) or _SIGNED.search(text))
+
+
+def describe(fault: dict[str, Any], model: type[BaseModel]) -> str:
+    """One pydantic fault as what, where, got, expected, fix."""
+    # Union branches add their own names to the location ('int', 'literal[...]'): keep the keys.
+    known = all_keys(model)
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location)
+    while key not in known and "." in key and fault["type"] != "extra_forbidden":
+        key = key.rpartition(".")[0]
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        same_leaf = [k for k in known if k.rpartition(".")[2] == location[-1]]
+        best = near or same_leaf
+        hint = f" Did you mean '{best[0]}'?" if best else f" Valid keys: {', '.join(known)}."
+        return f"key '{key}' is unknown.{hint}"
+    if fault["type"] == "missing":
+        return f"key '{key}' is missing and has no default."
+    reason = str(fault["msg"]).removeprefix("Value error, ")
+    got = fault["input"]
+    shown = "" if isinstance(got, (dict, BaseModel)) else f" got {got!r};"
+    if carries_credentials(shown):
+        shown = " got a URL with credentials;"
+    if fault["type"] == "literal_error" and isinstance(got, str):
+        choices = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
+        near = difflib.get_close_matches(got, choices, n=1, cutoff=0.4)
+        reason += f". Did you mean '{near[0]}'?" if near else ""
+    return f"key '{key or 'config'}':{shown} {reason[:1].lower() + reason[1:]}"
+
+
+def all_keys(model: type[BaseModel]) -> list[str]:
+    """Every section, and every key of one as `section.key`."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(name)
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            keys.extend(f"{name}.{sub}" for sub in section.model_fields)
+    return keys

@@ -1,0 +1,35 @@
+"""Foreign text made fit to be shown: on one line, without control characters, without secrets."""
+
+import os
+import re
+import unicodedata
+
+_SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)(TOKEN|KEY)$|CONNECTION_STRING")
+_LEAST_SECRET = 8
+"""Characters; a shorter value is part of ordinary words."""
+
+_EXCERPT = 110
+"""Characters shown of a prompt and of a response."""
+
+
+def plain(text: str, limit: int = _EXCERPT) -> str:
+    """Text on one line, without control or formatting characters, cut at `limit`."""
+    kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[: 4 * limit])
+    line = " ".join(kept.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def without_secrets(text: str) -> str:
+    """Text with the values of secrets in the environment named instead of shown.
+
+    Nothing here puts one into a message; this is for what a library may quote.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _LEAST_SECRET and _SECRET_NAME.search(name):
+            text = text.replace(value, f"${name}")
+    return text
+
+
+def visible(text: str) -> str:
+    """Lines of text with control and formatting characters shown as U+FFFD."""
+    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
