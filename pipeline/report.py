@@ -86,7 +86,7 @@ def show(result: Result, console: Console) -> None:
         by = result.selection.manifest["settings"]["by"] if result.selection else ""
         ends = {"Highest": result.survey.highest, "Lowest": result.survey.lowest}
         for name, rows in ends.items():
-            console.print(_samples(result.plan, rows, f"{name} {by} of the eligible rows"))
+            console.print(_samples(result.plan, rows, f"{name} {by} of the eligible rows"), "")
     console.print(_files(summary), soft_wrap=True)
 
 
@@ -172,6 +172,8 @@ def _facts(result: Result) -> Group:
     ]
     if result.selection:
         lines += selected(result.selection.manifest)
+        if result.survey is None:
+            lines.append("this selection was there already")
     lines += [f"skipped: {visible(reason)}" for reason in summary.skipped_shards]
     return Group("", *(Text(line) for line in lines), "")
 
@@ -195,4 +197,4 @@ def _files(summary: Summary) -> Group:
     lines = [f"scores   {summary.scores_path}"]
     if summary.cherry_path:
         lines += [f"cherry   {summary.cherry_path}", f"manifest {summary.manifest}"]
-    return Group("", *(Text(line) for line in lines))
+    return Group(*(Text(line) for line in lines))
