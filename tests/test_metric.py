@@ -151,7 +151,7 @@ def test_a_row_that_fails_alone_is_an_error_with_its_class() -> None:
     table = tokens_table(renderer, samples)
     part, _ = score_table(table, engine, renderer.prefix_ids)
     assert part["status"].to_pylist()[1] == "error"
-    assert part["reason"].to_pylist()[1] == "IndexError"
+    assert part["reason"].to_pylist()[1] == "UnknownToken"
 
 
 @pytest.mark.parametrize(
