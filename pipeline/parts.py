@@ -6,6 +6,7 @@ Without torch or transformers: a worker that commits starts in a second.
 import io
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -72,6 +73,26 @@ def publish_part(
     """Publish a unit's part, whole and only if absent; a rescored one replaces its own."""
     publish = storage.replace if rescored else storage.publish
     publish(unit.part_url(scores_url), to_parquet(part))
+    return _done(unit, part, num_tokens, rows_reused, started)
+
+
+def find_parts(units: Iterable[Unit], scores_url: str) -> Iterator[UnitDone]:
+    """The units whose part is there though nobody said so: the answer was lost with its node.
+
+    What it took is not known any more: they count no tokens.
+    """
+    names = storage.list_names(scores_url)
+    for unit in units:
+        url = unit.part_url(scores_url)
+        if url.rpartition("/")[2] in names:
+            with storage.open_parquet(url) as parquet:
+                part = parquet.read(columns=["status", "ifd_loss_ratio"])
+            yield _done(unit, part, 0, 0, time.time())
+
+
+def _done(
+    unit: Unit, part: pa.Table, num_tokens: int, rows_reused: int, started: float
+) -> UnitDone:
     over_one = pc.sum(pc.greater_equal(part["ifd_loss_ratio"], 1.0)).as_py() or 0
     return UnitDone(
         unit_id=unit.unit_id,

@@ -29,7 +29,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pipeline import scoring as stages
 from pipeline.errors import CherryError, LostUnitError, ScoringError
-from pipeline.parts import UnitDone, failed, publish_part
+from pipeline.parts import UnitDone, failed, find_parts, publish_part
 from pipeline.schemas import PART, from_ipc, to_ipc
 from pipeline.scoring import LOAD_TIMEOUT_S, UnitScorer
 from pipeline.settings import Scoring
@@ -54,21 +54,26 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
     left = {unit.unit_id: unit for unit in units}
     tried: Counter[str] = Counter()
     while offered := [unit for unit in left.values() if tried[unit.unit_id] < _PASSES]:
+        broken: RayError | None = None
         try:
             for done in stages.score_pass(offered, scoring):
                 if done.failure_kind != LostUnitError.__name__:
                     del left[done.unit_id]
                     yield done
             tried.update(unit.unit_id for unit in offered)
-        except RayError as err:
-            # Broken off: nobody knows which units were tried. As long as each pass finishes some,
-            # there is an end to it.
-            if all(unit.unit_id in left for unit in offered):
-                raise ScoringError(
-                    f"scoring: no unit of {len(offered)} could be finished; their processes die. "
-                    f"The last cause: {_cause(err)}. Look at the logs of the scoring actors; "
-                    "most often the model does not fit the memory. What is scored is kept."
-                ) from err
+        except RayError as err:  # nobody knows which units were tried
+            broken = err
+        if left and not scoring.rescore:  # a rescored unit has its old part all the time
+            for done in find_parts(list(left.values()), scoring.scores_url):
+                del left[done.unit_id]
+                yield done
+        # As long as each pass finishes some, there is an end to it.
+        if broken and all(unit.unit_id in left for unit in offered):
+            raise ScoringError(
+                f"scoring: no unit of {len(offered)} could be finished; their processes die. "
+                f"The last cause: {_cause(broken)}. Look at the logs of the scoring actors; "
+                "most often the model does not fit the memory. What is scored is kept."
+            ) from broken
         if left:
             log.warning("%d units were lost with their process and are tried again", len(left))
     if left:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from ray.exceptions import RayError
 
 from pipeline import recovery, run, scoring
 from pipeline.errors import ScoringError
-from pipeline.parts import commit_unit
+from pipeline.parts import commit_unit, publish_part
 from pipeline.samples import Columns, Message, sample_id
 from pipeline.schemas import PART, TOKENS, hand_on
 from pipeline.scoring import UnitScorer
@@ -173,6 +174,39 @@ def test_a_unit_that_raises_is_lost_and_costs_no_process() -> None:
     assert out["failure"].to_pylist() == ["PoisonError"]
     done = commit_unit(out, "nowhere", False)
     assert done["failure_kind"].to_pylist() == ["LostUnitError"]
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_part_whose_answer_was_lost_is_not_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: bool
+) -> None:
+    """Its node died between the commit and the driver: the part is there, and that is enough."""
+    columns = Columns("alpaca", {})
+    units = [Unit(name, "s", "s", columns, 0, 2, "fp", "fp") for name in ("told", "lost", "gone")]
+    settings: Any = SimpleNamespace(scores_url=str(tmp_path), rescore=False)
+    rows = [{"row_index": n, "status": "ok", "ifd_loss_ratio": 0.5 + n} for n in range(2)]
+    part = pa.Table.from_pylist(rows, schema=PART)
+    offered = []
+
+    def lossy(some: list[Unit], settings: Any) -> Iterator[Any]:
+        offered.append([unit.unit_id for unit in some])
+        for unit in some:
+            if unit.unit_id == "gone" and len(offered) == 1:
+                continue
+            done = publish_part(
+                unit, part, settings.scores_url, False, num_tokens=7, rows_reused=0, started=1.0
+            )
+            if unit.unit_id != "lost":
+                yield done
+        if breaks and len(offered) == 1:
+            raise RayError("a node is gone")
+
+    monkeypatch.setattr(scoring, "score_pass", lossy)
+    done = {unit.unit_id: unit for unit in recovery.score_units(units, settings)}
+    assert offered == [["told", "lost", "gone"], ["gone"]]
+    assert done.keys() == {"told", "lost", "gone"}
+    assert (done["lost"].rows_by_status, done["lost"].over_one) == ({"ok": 2}, 1)
+    assert (done["lost"].tokens, done["told"].tokens) == (0, 7)
 
 
 def test_a_pass_without_progress_ends() -> None:
