@@ -77,7 +77,7 @@ class ScoringProgress:
 def show(result: Result, console: Console) -> None:
     """Print the summary of a run."""
     summary = result.summary
-    console.print(_status_table(summary))
+    console.print(_status_table("Rows", "status", summary.rows_by_status, summary.rows))
     console.print(_facts(result))
     if result.selection:
         for table in tables(result.selection.manifest):
@@ -110,13 +110,8 @@ def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
 def show_estimate(estimate: Estimate, console: Console) -> None:
     """Print what `cherry plan` found."""
     left = estimate.rows - estimate.rows_done
-    table = Table(title="Rows to score", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("status, as far as tokenising tells")
-    table.add_column("rows", justify="right")
-    table.add_column("share", justify="right")
-    for status in STATUSES:
-        if count := estimate.rows_by_status.get(status):
-            table.add_row(status, f"{count:,}", f"{100 * count / left:.1f} %")
+    said = "status, as far as tokenising tells"
+    table = _status_table("Rows to score", said, estimate.rows_by_status, left)
     lines = [
         f"{estimate.rows:,} rows in {estimate.units_total:,} units; {estimate.units_done:,} units "
         f"with {estimate.rows_done:,} rows are done"
@@ -146,15 +141,15 @@ def show_estimate(estimate: Estimate, console: Console) -> None:
         console.print(hours)
 
 
-def _status_table(summary: Summary) -> Table:
-    table = Table(title="Rows", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("status")
+def _status_table(title: str, status_title: str, counts: dict[str, int], rows: int) -> Table:
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column(status_title)
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")
     for status in STATUSES:
-        if count := summary.rows_by_status.get(status):
-            table.add_row(status, f"{count:,}", f"{100 * count / summary.rows:.1f} %")
-    table.add_row("all", f"{summary.rows:,}", "", style="bold")
+        if count := counts.get(status):
+            table.add_row(status, f"{count:,}", f"{100 * count / rows:.1f} %")
+    table.add_row("all", f"{rows:,}", "", style="bold")
     return table
 
 
