@@ -110,6 +110,8 @@ def packed_attention(
         )
     if not getattr(module, "is_causal", True) or rest.get("is_causal") is False:
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
+    # Under autocast the rotary embedding leaves queries and keys in float32.
+    query_1HTD, key_1KTD = query_1HTD.to(value_1KTD.dtype), key_1KTD.to(value_1KTD.dtype)
     fused = softcap is None and s_aux is None
     if query_1HTD.is_cuda and fused and query_1HTD.dtype != torch.float32:
         assert max_length_q is not None
@@ -153,9 +155,10 @@ class _Group:
         """Position of each token in the batch padded to the longest, or None if none is padded."""
         if min(self.lengths) == self.longest:
             return None
-        return torch.cat(
-            [torch.arange(n) + row * self.longest for row, n in enumerate(self.lengths)]
-        )
+        with torch.inference_mode(False):  # it is kept, and training may use it next
+            return torch.cat(
+                [torch.arange(n) + row * self.longest for row, n in enumerate(self.lengths)]
+            )
 
 
 @functools.lru_cache(maxsize=4)  # every layer of a pass asks for the same pack
@@ -268,8 +271,9 @@ def _additive_band(length: int, window: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _cached_band(size: int, window: int, device: torch.device) -> Tensor:
-    hidden = ~_band(size, window, device)
-    return torch.zeros(size, size, device=device).masked_fill(hidden, -torch.inf)
+    with torch.inference_mode(False):  # it is kept, and training may use it next
+        hidden = ~_band(size, window, device)
+        return torch.zeros(size, size, device=device).masked_fill(hidden, -torch.inf)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `cherry run|score|select|plan|gc CONFIG`.
+"""The command line: `cherry run|score|select|experience|train|compare|plan|gc CONFIG`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 the config
 or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import __version__, config, errors, report, texts
+from pipeline import __version__, comparison_report, config, errors, report, texts
 from pipeline import run as flow
+from pipeline.pending import Progress
 from pipeline.run import Result
 
 app = typer.Typer(
@@ -78,6 +79,42 @@ def select(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = F
 
 
 @app.command()
+def experience(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+    """Embed every prompt, and choose the rows of brief experience."""
+    with _speaking(as_json) as (out, results, err):
+        settings = config.load(path, overrides)
+        with report.RunProgress(err) as progress:
+            found = flow.experience(settings, progress)
+        report.show_experience(found, results)
+        if as_json:
+            _print_json(found.manifest | {"path": found.url, "manifest": found.manifest_url}, out)
+
+
+@app.command()
+def train(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+    """Train the base model on the cherry subset."""
+    with _speaking(as_json) as (out, results, err):
+        settings = config.load(path, overrides)
+        with report.RunProgress(err) as progress:
+            found = flow.train(settings, progress)
+        report.show_trained(found, results)
+        if as_json:
+            _print_json(found.manifest | {"path": found.url, "manifest": found.manifest_url}, out)
+
+
+@app.command()
+def compare(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+    """Train on the cherry subset and on random controls; judge them by held-out rows."""
+    with _speaking(as_json) as (out, results, err):
+        settings = config.load(path, overrides)
+        with report.RunProgress(err) as progress:
+            found = flow.compare(settings, progress)
+        comparison_report.show(found, results)
+        if as_json:
+            _print_json(found.report | {"path": found.url}, out)
+
+
+@app.command()
 def plan(
     path: _ConfigPath,
     overrides: _Overrides = None,
@@ -91,7 +128,7 @@ def plan(
         found = flow.estimate(config.load(path, overrides), score_rows)
         report.show_estimate(found, results)
         if as_json:
-            print(json.dumps(asdict(found)), file=out, flush=True)
+            _print_json(asdict(found), out)
 
 
 @app.command()
@@ -112,7 +149,7 @@ def gc(
         found = flow.gc(config.load(path, overrides), everything, delete, force)
         report.show_garbage(found, delete, results)
         if as_json:
-            print(json.dumps(found.summary(deleted=delete)), file=out, flush=True)
+            _print_json(found.summary(deleted=delete), out)
 
 
 def main() -> None:
@@ -136,19 +173,19 @@ def _options(
 
 
 def _execute(
-    command: Callable[[config.Config, flow.Progress | None], Result],
+    command: Callable[[config.Config, Progress | None], Result],
     path: str,
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
     with _speaking(as_json) as (out, results, err):
         settings = config.load(path, overrides)
-        with report.ScoringProgress(err) as progress:
+        with report.RunProgress(err) as progress:
             result = command(settings, progress)
         summary = result.summary
         report.show(result, results)
         if as_json:
-            print(json.dumps(asdict(summary)), file=out, flush=True)
+            _print_json(asdict(summary), out)
     allowed = settings.score.max_error_fraction
     if summary.failed_fraction > allowed or summary.skipped_shards:
         if summary.failed_fraction > allowed:
@@ -159,6 +196,10 @@ def _execute(
                 f"the reasons are in {summary.scores_path}.",
             )
         raise typer.Exit(errors.EXIT_TOLERANCE)
+
+
+def _print_json(values: dict[str, Any], out: TextIO) -> None:
+    print(json.dumps(values), file=out, flush=True)
 
 
 @contextmanager

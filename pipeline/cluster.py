@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import ray
 
 from pipeline.config import ClusterConfig
+from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError
 
 
@@ -115,3 +116,47 @@ def plan_workers(config: ClusterConfig) -> Workers:
         )
     share = (cores - TOKENISE_CPUS - COMMIT_CPUS) / per_node
     return Workers(actors, 0, math.floor(share * 1e4) / 1e4, threads)  # Ray's finest share
+
+
+@dataclass(frozen=True)
+class Trainers:
+    """What the processes of a training get of the cluster."""
+
+    workers: int
+    use_gpu: bool
+    resources: dict[str, float]
+    threads: int
+    """Torch threads of a worker without a GPU."""
+
+    def describe(self) -> str:
+        """`4 workers, a GPU each`, for the terminal."""
+        workers = f"{self.workers} worker{'s'[: self.workers > 1]}"
+        return f"{workers}, a GPU each" if self.use_gpu else f"{workers} on CPU"
+
+
+def plan_trainers(config: ClusterConfig, train: TrainConfig) -> Trainers:
+    """Resolve `train.workers` against the running cluster.
+
+    Raises:
+        ConfigError: More is asked for than the cluster has.
+    """
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    use_gpu = scores_on_gpus(config)
+    most = int(ray.cluster_resources().get("GPU", 0)) if use_gpu else len(nodes)
+    workers = most if train.workers == "auto" else train.workers
+    cores = int(min((node["CPU"] for node in nodes), default=0))
+    per_node = -(-workers // max(1, len(nodes)))
+    if workers < 1 or (use_gpu and workers > most) or (not use_gpu and per_node > cores):
+        raise ConfigError(
+            f"train.workers {train.workers}: the cluster has {len(nodes)} nodes with CPUs and "
+            f"{int(ray.cluster_resources().get('GPU', 0))} GPUs. Add nodes, or ask for fewer."
+        )
+    if workers % train.gpus_per_replica:
+        raise ConfigError(
+            f"train.gpus_per_replica {train.gpus_per_replica}: got {workers} workers, expected a "
+            "multiple of it. Set train.workers."
+        )
+    if use_gpu:
+        return Trainers(workers, True, {"GPU": 1, "CPU": 1}, 1)
+    threads = cores // per_node
+    return Trainers(workers, False, {"CPU": threads}, threads)

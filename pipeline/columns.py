@@ -24,6 +24,18 @@ def added_columns(settings: SelectSettings) -> pa.Schema:
 def output_schema(corpus: Corpus, settings: SelectSettings) -> pa.Schema:
     """Columns of the cherry subset: the input's, then those of `added_columns`.
 
+    Raises:
+        InputError: As `merged_schema`.
+        ConfigError: `group_by` names no column, or one whose values are no names of groups.
+    """
+    if settings.group_by:
+        _check_group_by(settings.group_by, [shard for shard in corpus.shards if shard.num_rows])
+    return merged_schema(corpus, added_columns(settings))
+
+
+def merged_schema(corpus: Corpus, added: pa.Schema) -> pa.Schema:
+    """One schema for rows of all shards: the input's columns, then `added`.
+
     Shards may differ: the output has every column that any shard has, in order of first
     appearance, null where a shard lacks it; a column's types are widened (int32 and int64, int64
     and double, null and anything), and a value that the common type cannot hold ends the writing.
@@ -33,12 +45,8 @@ def output_schema(corpus: Corpus, settings: SelectSettings) -> pa.Schema:
 
     Raises:
         InputError: A column has types that do not go together, or a reserved name.
-        ConfigError: `group_by` names no column, or one whose values are no names of groups.
     """
-    added = added_columns(settings)
     shards = [shard for shard in corpus.shards if shard.num_rows]
-    if settings.group_by:
-        _check_group_by(settings.group_by, shards)
     merged: dict[str, pa.DataType] = {}
     owner: dict[str, Shard] = {}
     for shard in shards:

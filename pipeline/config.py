@@ -15,9 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -26,6 +24,13 @@ from pydantic import (
 )
 
 from pipeline.config_faults import carries_credentials, describe
+from pipeline.config_training import (
+    ColumnField,
+    CompareConfig,
+    ExperienceConfig,
+    Section,
+    TrainConfig,
+)
 from pipeline.errors import ConfigError
 
 Layout = Literal["alpaca", "prompt_completion", "messages", "sharegpt"]
@@ -34,8 +39,6 @@ Order = Literal["descending", "ascending"]
 Format = Literal["parquet", "jsonl", "alpaca_jsonl", "messages_jsonl"]
 TemplateName = Literal["alpaca", "wizardlm", "vicuna", "plain", "chat"]
 PresetName = Literal["cherry", "cherry-wizardlm", "cherry-vicuna", "superfiltering", "chat"]
-
-ColumnField = Literal["instruction", "input", "response", "prompt", "messages", "conversations"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,14 @@ PRESETS: dict[str, Preset] = {
 _Url = Annotated[str, Field(min_length=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class InputConfig(_Section):
+class InputConfig(Section):
     """Where the corpus is and how its rows read."""
 
     path: _Url | Annotated[list[_Url], Field(min_length=1)]
     """Parquet, JSON or JSONL (.gz, .zst): files, directories or globs at any fsspec URL."""
     layout: Literal["auto"] | Layout = "auto"
     """`auto` looks for messages, conversations, prompt/completion, Alpaca, in this order."""
-    columns: dict[ColumnField, str] = {}
+    columns: dict[ColumnField, str] = Field(default={})
     """Names of columns that differ from the layout's own, such as `{response: answer}`."""
     max_rows: Annotated[int, Field(gt=0)] | None = None
     """Only the first so many rows, in the order of shards: for a try."""
@@ -84,7 +83,7 @@ class InputConfig(_Section):
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The language model whose losses make the score."""
 
     path: _Url
@@ -97,7 +96,7 @@ class ModelConfig(_Section):
     """Per node: converted and downloaded models. Null is `~/.cache/cherry`."""
 
 
-class ScoreConfig(_Section):
+class ScoreConfig(Section):
     """How a sample becomes a number."""
 
     preset: PresetName = "cherry"
@@ -161,7 +160,7 @@ _Quotas = Annotated[
 ]
 
 
-class SelectConfig(_Section):
+class SelectConfig(Section):
     """Which scored rows make the cherry subset."""
 
     by: Ratio | None = None
@@ -240,7 +239,7 @@ class SelectConfig(_Section):
         return self
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """What the scoring actors get. None of it changes a score or a fingerprint."""
 
     actors: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
@@ -254,7 +253,7 @@ class ClusterConfig(_Section):
     """What `cherry plan` reckons with; of a node where there are no GPUs."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     input: InputConfig
@@ -267,12 +266,19 @@ class Config(_Section):
     """The metric."""
     select: SelectConfig = SelectConfig()
     """The selection."""
+    experience: ExperienceConfig | None = None
+    """With it (`experience: {}` for the defaults) the model is briefly trained before it scores."""
+    train: TrainConfig | None = None
+    """With it, the base model is trained on the cherry subset in the end."""
+    compare: CompareConfig | None = None
+    """What `cherry compare` does."""
     cluster: ClusterConfig = ClusterConfig()
     """The machines."""
 
     @model_validator(mode="after")
     def _no_secrets_in_urls(self) -> "Config":
-        for url in [*self.input.paths, self.output, self.model.path]:
+        held_out = [each.path for each in self.compare.evaluate] if self.compare else []
+        for url in [*self.input.paths, self.output, self.model.path, *held_out]:
             if carries_credentials(url):
                 raise ValueError(
                     "a URL carries credentials. Only references travel: take them out and set "
@@ -320,8 +326,9 @@ def load(path: str, overrides: list[str] | None = None) -> Config:
 
 def parse(raw: dict[str, Any], where: str = "config") -> Config:
     """Validate a raw mapping; every fault is named in one ConfigError."""
-    # A section whose every key is commented out reads as null: it has its defaults.
-    raw = {key: {} if value is None else value for key, value in raw.items()}
+    # A section whose every key is commented out reads as null: it has its defaults, or is off.
+    always = {"input", "model", "score", "select", "cluster"}
+    raw = {key: {} if value is None and key in always else value for key, value in raw.items()}
     try:
         return Config.model_validate(raw)
     except ValidationError as err:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -50,7 +50,8 @@ def all_keys(model: type[BaseModel]) -> list[str]:
     keys: list[str] = []
     for name, field in model.model_fields.items():
         keys.append(name)
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys.extend(f"{name}.{sub}" for sub in section.model_fields)
+        kinds = get_args(field.annotation) or (field.annotation,)  # X, or X | None
+        for section in kinds:
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                keys.extend(f"{name}.{sub}" for sub in all_keys(section))
     return keys

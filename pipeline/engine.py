@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.attention import PACKED, register
@@ -63,6 +64,8 @@ class SequenceLoss:
 
     nll_nats: tuple[float, ...] = ()
     """Sum over each span; empty if `error` is set."""
+    mean_hidden_M: npt.NDArray[np.float32] | None = None
+    """Mean of the last hidden states over all tokens, where it is asked for."""
     error: str | None = None
     """Class of the exception that this sequence alone raised."""
 
@@ -142,7 +145,9 @@ class Engine:
             self.mode = "padded"
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[TokenSequence]) -> list[SequenceLoss]:
+    def score(
+        self, sequences: Sequence[TokenSequence], *, hidden: bool = False
+    ) -> list[SequenceLoss]:
         """Sum the loss over each span of each sequence.
 
         A pack that raises is halved and tried again; a sequence that raises alone comes back with
@@ -152,6 +157,7 @@ class Engine:
 
         Args:
             sequences: Any number, any lengths.
+            hidden: Also give the mean of each sequence's last hidden states.
 
         Returns:
             One SequenceLoss per sequence, in order.
@@ -174,7 +180,7 @@ class Engine:
             else:
                 results[index] = SequenceLoss(error="UnknownToken")
         for pack in plan_packs([len(sequences[i].input_ids) for i in known], budget):
-            self._score_pack(sequences, [known[i] for i in pack], results)
+            self._score_pack(sequences, [known[i] for i in pack], results, hidden)
         return [result for result in results if result is not None]
 
     def _score_pack(
@@ -182,11 +188,12 @@ class Engine:
         sequences: Sequence[TokenSequence],
         pack: list[int],
         results: list[SequenceLoss | None],
+        hidden: bool,
     ) -> None:
         chosen = [sequences[i] for i in pack]
         failure = None
         try:
-            losses = self._losses(chosen)
+            losses = self._losses(chosen, hidden)
         except torch.AcceleratorError:
             raise
         except (RuntimeError, IndexError, ValueError, MemoryError) as err:
@@ -194,8 +201,8 @@ class Engine:
             failure = type(err).__name__
             message = str(err)
         if failure is None:
-            for index, values in zip(pack, losses, strict=True):
-                results[index] = SequenceLoss(nll_nats=values)
+            for index, loss in zip(pack, losses, strict=True):
+                results[index] = loss
             return
         if len(pack) == 1:
             log.warning("a sequence of %d tokens failed: %s", len(chosen[0].input_ids), message)
@@ -204,10 +211,10 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         middle = len(pack) // 2
-        self._score_pack(sequences, pack[:middle], results)
-        self._score_pack(sequences, pack[middle:], results)
+        self._score_pack(sequences, pack[:middle], results, hidden)
+        self._score_pack(sequences, pack[middle:], results, hidden)
 
-    def _losses(self, sequences: list[TokenSequence]) -> list[tuple[float, ...]]:
+    def _losses(self, sequences: list[TokenSequence], hidden: bool) -> list[SequenceLoss]:
         positions, owners = [], []
         offset = num_spans = 0
         for sequence in sequences:
@@ -217,57 +224,55 @@ class Engine:
                 num_spans += 1
             offset += len(sequence.input_ids)
         if not num_spans:
-            return [() for _ in sequences]
+            return [SequenceLoss() for _ in sequences]
         ids_T = torch.from_numpy(np.concatenate([s.input_ids for s in sequences])).long()
         position_S = torch.cat(positions)
-        nll_S = self._forward(sequences, ids_T, position_S)
+        lengths = [len(s.input_ids) for s in sequences]
+        hidden_TM, nll_S = self._forward(lengths, ids_T, position_S)
         # float64 sums, in token order: a span's sum does not depend on its neighbours.
         sums = torch.zeros(num_spans, dtype=torch.float64)
         sums.index_add_(0, torch.cat(owners), nll_S.to("cpu", torch.float64))
         values = iter(sums.tolist())
-        return [tuple(next(values) for _ in s.spans) for s in sequences]
+        means: Sequence[Any] = [None] * len(sequences)
+        if hidden:
+            means = [h_TM.float().mean(0).cpu().numpy() for h_TM in hidden_TM.split(lengths)]
+        return [
+            SequenceLoss(tuple(next(values) for _ in s.spans), mean)
+            for s, mean in zip(sequences, means, strict=True)
+        ]
 
     # T=tokens of the pack, S=scored tokens, M=hidden size, V=vocabulary
-    def _forward(self, sequences: list[TokenSequence], ids_T: Tensor, position_S: Tensor) -> Tensor:
-        """Loss of the tokens at `position_S`, in nats, float32."""
-        lengths = [len(s.input_ids) for s in sequences]
+    def _forward(
+        self, lengths: list[int], ids_T: Tensor, position_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states, and the loss of the tokens at `position_S`, in nats, float32."""
         targets_S = ids_T[position_S].to(self.device)
         if self.mode == "padded":
             return self._forward_padded(lengths, ids_T, position_S, targets_S)
-        hidden_TM = self._hidden_packed(lengths, ids_T)
+        hidden_TM = hidden_packed(self.model, lengths, ids_T)
         # The causal shift happens here only: the state at t - 1 predicts token t.
         hidden_SM = hidden_TM[position_S.to(self.device) - 1]
-        return self._projection.nll(hidden_SM, targets_S)
-
-    def _hidden_packed(self, lengths: list[int], ids_T: Tensor) -> Tensor:
-        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        positions_T = torch.cat([torch.arange(n) for n in lengths])
-        with _attention(self.model, PACKED):
-            output = self.model.base_model(
-                input_ids=ids_T.unsqueeze(0).to(self.device),
-                position_ids=positions_T.unsqueeze(0).to(self.device),
-                use_cache=False,
-                cu_seq_lens_q=bounds.to(self.device),
-                max_length_q=max(lengths),
-            )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return hidden_TM, self._projection.nll(hidden_SM, targets_S)
 
     def _forward_padded(
         self, lengths: list[int], ids_T: Tensor, position_S: Tensor, targets_S: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """The slow, sure way: right-padded, the model's own eager attention and its own logits."""
         rows = torch.split(ids_T, lengths)
         ids_BL = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
-        with _attention(self.model, "eager"):
-            logits_BLV = self.model(
+        with attention(self.model, "eager"):
+            output = self.model(
                 input_ids=ids_BL.to(self.device),
                 attention_mask=mask_BL.long().to(self.device),
                 use_cache=False,
-            ).logits
-        logits_TV = logits_BLV[mask_BL.to(self.device)]
+                output_hidden_states=True,
+            )
+        hidden_TM, logits_TV = (
+            x[mask_BL.to(self.device)] for x in (output.hidden_states[-1], output.logits)
+        )
         logits_SV = logits_TV[position_S.to(self.device) - 1].float()
-        return torch.nn.functional.cross_entropy(logits_SV, targets_S, reduction="none")
+        return hidden_TM, F.cross_entropy(logits_SV, targets_S, reduction="none")
 
     @torch.inference_mode()
     def _probe(self, config: Any, max_length: int | None) -> str | None:
@@ -280,7 +285,7 @@ class Engine:
         generator = torch.Generator().manual_seed(0)
         probes = [torch.randint(self._vocab_size, (n,), generator=generator) for n in lengths]
         try:
-            hidden_TM = self._hidden_packed(lengths, torch.cat(probes))
+            hidden_TM = hidden_packed(self.model, lengths, torch.cat(probes))
             attention_error, logit_error = self._compare(probes, hidden_TM.split(lengths))
         except (RuntimeError, TypeError, ValueError, AttributeError) as err:
             return f"cannot be scored in packs: {err}"
@@ -295,7 +300,7 @@ class Engine:
         differences, logit_errors = [], []
         for ids_T, packed_TM in zip(probes, packed, strict=True):
             inputs = {"input_ids": ids_T.unsqueeze(0).to(self.device), "use_cache": False}
-            with _attention(self.model, "eager"):
+            with attention(self.model, "eager"):
                 own_TM = self.model.base_model(**inputs).last_hidden_state[0]
                 own_TV = self.model(**inputs).logits[0].float()
             targets_S = ids_T[1:][-_PROBE_TAIL:].to(self.device)
@@ -309,6 +314,22 @@ class Engine:
         return float(torch.stack(differences).max()), float(torch.stack(logit_errors).max())
 
 
+def hidden_packed(model: Any, lengths: list[int], ids_T: Tensor) -> Tensor:
+    """Last hidden states of a pack of sequences that lie end to end, shape (T, M)."""
+    device = model.device
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions_T = torch.cat([torch.arange(n) for n in lengths])
+    with attention(model, PACKED):
+        output = model.base_model(
+            input_ids=ids_T.unsqueeze(0).to(device),
+            position_ids=positions_T.unsqueeze(0).to(device),
+            use_cache=False,
+            cu_seq_lens_q=bounds.to(device),
+            max_length_q=max(lengths),
+        )
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
 def _longest_window(config: Any) -> int | None:
     """Longest attention window or chunk that any layer has, in tokens."""
     names = ("sliding_window", "attention_chunk_size", "window_size")
@@ -317,7 +338,7 @@ def _longest_window(config: Any) -> int | None:
 
 
 @contextmanager
-def _attention(model: Any, implementation: str) -> Iterator[None]:
+def attention(model: Any, implementation: str) -> Iterator[None]:
     """Run the model under one attention implementation."""
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)

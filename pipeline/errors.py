@@ -9,6 +9,7 @@
     ├── ShardError             exit 1   a shard turned out to be unreadable while running
     ├── ScoringError           exit 1   scoring cannot go on: its processes die, whatever the rows
     ├── LostUnitError          exit 1   a unit raised in a stage; recovery.py looks for the row
+    ├── TrainingError          exit 1   training cannot go on: its loss is not finite, workers die
     ├── StorageError           exit 1   an object could not be written or read back
     └── AccountingError        exit 1   the parts do not add up to the input
 
@@ -57,6 +58,10 @@ class ScoringError(CherryError):
 
 class LostUnitError(CherryError):
     """A stage raised what nobody foresaw; its unit is tried again, in the end row by row."""
+
+
+class TrainingError(CherryError):
+    """Training cannot go on: a loss is not finite, or its workers die."""
 
 
 class StorageError(CherryError):

@@ -75,7 +75,15 @@ def open_corpus(config: InputConfig, output: str) -> Corpus:
         _refuse_overlap(path, storage.absolute(output))
         for entry in _list_path(path):
             found[entry.url] = entry
-    sources = [found[url] for url in sorted(found)]
+    return open_sources([found[url] for url in sorted(found)], config, output)
+
+
+def open_sources(sources: list[ObjectInfo], config: InputConfig, output: str) -> Corpus:
+    """Ingest what is JSON among files, and read every footer.
+
+    Raises:
+        InputError: None has rows, or one is unreadable and `on_bad_shard` is `fail`.
+    """
     known = footers.load(output)
     new = [source for source in sources if source not in known]
     with ThreadPoolExecutor(max_workers=16) as pool:  # footers are small reads, mostly waiting

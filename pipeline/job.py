@@ -3,14 +3,14 @@
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pipeline import cluster, engine, inputs, models, storage, units
 from pipeline.budgets import SelectSettings
 from pipeline.columns import output_schema
-from pipeline.config import Config
+from pipeline.config import Config, ModelConfig
 from pipeline.errors import ConfigError, StorageError
 from pipeline.inputs import Corpus
 from pipeline.models import ModelRef
@@ -56,6 +56,19 @@ def check(config: Config, *, selecting: bool) -> Checked:
         output_schema(corpus, settings)  # what cannot be written is named before hours of scoring
     for layout, count in Counter(s.columns.describe() for s in corpus.shards).items():
         log.info("%d shard%s read as %s", count, "s"[: count > 1], layout)
+    checked = _describe(config, corpus, ref)
+    _save_config(config)
+    inputs.remember_footers(corpus, config.output)
+    return checked
+
+
+def with_model(checked: Checked, model: ModelConfig) -> Checked:
+    """The same corpus and settings with another model."""
+    config = checked.config.model_copy(update={"model": model})
+    return _describe(config, checked.corpus, models.resolve(model))
+
+
+def _describe(config: Config, corpus: Corpus, ref: ModelRef) -> Checked:
     architecture = models.load_config(ref)
     preset = config.preset
     renderer = Renderer(
@@ -65,12 +78,10 @@ def check(config: Config, *, selecting: bool) -> Checked:
         preset.pair_tokens,
     )
     num_parameters = models.count_parameters(architecture)
-    _save_config(config)
-    inputs.remember_footers(corpus, config.output)
     return Checked(config, corpus, ref, renderer, num_parameters)
 
 
-def plan(checked: Checked) -> Job:
+def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
     """Resolve what depends on the cluster's kind of device, and cut the corpus into units."""
     config, renderer = checked.config, checked.renderer
     settings = ScoringSettings(
@@ -80,6 +91,7 @@ def plan(checked: Checked) -> Job:
         max_length=renderer.max_length,
         dtype=_dtype(config),
         max_batch_tokens=config.score.max_batch_tokens,
+        measure=measure,
     )
     score_fp = settings.fingerprint(
         renderer.template_text, models.tokenizer_fingerprint(renderer.tokenizer)
@@ -91,6 +103,7 @@ def plan(checked: Checked) -> Job:
         config.score.unit_rows,
         checked.num_parameters,
         config.input.max_rows,
+        settings.folder,
     )
     return Job(config, checked.corpus, settings, score_fp, planned)
 

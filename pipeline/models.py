@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,6 +188,23 @@ def load(ref: ModelRef, dtype: torch.dtype, device: torch.device) -> Any:
             f"model.path {ref.path}: its weights lack {', '.join(sorted(info['missing_keys'])[:5])}"
         )
     return model.to(device)
+
+
+def copy_tokenizer(ref: ModelRef, into: str) -> None:
+    """Copy what describes a model but is neither weights nor config, file by file.
+
+    A tokenizer that is loaded and saved again may come out as another one.
+    """
+    directory = local_directory(ref, weights=False)
+    for name in os.listdir(directory):
+        if any(fnmatch(name, pattern) for pattern in _DESCRIPTION_FILES) and name not in (
+            "config.json",
+            "generation_config.json",
+            "model.safetensors.index.json",
+            "_MANIFEST.json",
+            _HASHES,
+        ):
+            shutil.copyfile(os.path.join(directory, name), os.path.join(into, name))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -86,14 +86,16 @@ def find_parts(units: Iterable[Unit], scores_url: str) -> Iterator[UnitDone]:
         url = unit.part_url(scores_url)
         if url.rpartition("/")[2] in names:
             with storage.open_parquet(url) as parquet:
-                part = parquet.read(columns=["status", "ifd_loss_ratio"])
+                part = parquet.read(columns=["status", "ifd_loss_ratio"])  # as far as it has them
             yield _done(unit, part, 0, 0, time.time())
 
 
 def _done(
     unit: Unit, part: pa.Table, num_tokens: int, rows_reused: int, started: float
 ) -> UnitDone:
-    over_one = pc.sum(pc.greater_equal(part["ifd_loss_ratio"], 1.0)).as_py() or 0
+    over_one = 0
+    if "ifd_loss_ratio" in part.schema.names:  # no embedding
+        over_one = pc.sum(pc.greater_equal(part["ifd_loss_ratio"], 1.0)).as_py() or 0
     return UnitDone(
         unit_id=unit.unit_id,
         shard_url=unit.shard_url,

@@ -14,7 +14,6 @@ three times the unit's timeout, and a tenth of it for the piece and for each try
 
 import logging
 import math
-import re
 import threading
 import time
 from collections import Counter
@@ -30,9 +29,10 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from pipeline import scoring as stages
 from pipeline.errors import CherryError, LostUnitError, ScoringError
 from pipeline.parts import UnitDone, failed, find_parts, publish_part
-from pipeline.schemas import PART, from_ipc, to_ipc
+from pipeline.schemas import from_ipc, to_ipc
 from pipeline.scoring import LOAD_TIMEOUT_S, UnitScorer
 from pipeline.settings import Scoring
+from pipeline.texts import describe_cause
 from pipeline.tokenising import prepare
 from pipeline.units import Unit
 
@@ -40,7 +40,6 @@ log = logging.getLogger("cherry")
 
 _PASSES = 2
 _ATTEMPTS_ALONE = 2
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _SHARE_OF_A_PIECE = 0.1
 """Of the unit's timeout, at least, for any piece of it."""
 
@@ -70,8 +69,8 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
         # As long as each pass finishes some, there is an end to it.
         if broken and all(unit.unit_id in left for unit in offered):
             raise ScoringError(
-                f"scoring: no unit of {len(offered)} could be finished; their processes die. "
-                f"The last cause: {_cause(broken)}. Look at the logs of the scoring actors; "
+                f"scoring: no unit of {len(offered)} could be finished; their processes die. The "
+                f"last cause: {describe_cause(broken)}. Look at the logs of the scoring actors; "
                 "most often the model does not fit the memory. What is scored is kept."
             ) from broken
         if left:
@@ -147,7 +146,8 @@ def _score_alone(cell: "_Cell", row: Unit) -> "_Scored":
     log.warning("shard %s, row %d: error: %s", row.shard_url, row.start, reason)
     error = {"row_index": row.start, "status": "error", "reason": reason}
     error |= {"num_response_tokens": 0, "num_direct_tokens": 0}
-    return _Scored(pa.Table.from_pylist([error], schema=PART), 0, 0, time.time())
+    part = pa.Table.from_pylist([error], schema=cell.part_schema)
+    return _Scored(part, 0, 0, time.time())
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,11 @@ class _Cell:
     def __exit__(self, *_: object) -> None:
         self._give_up()
 
+    @property
+    def part_schema(self) -> pa.Schema:
+        """Of what it gives."""
+        return self._scoring.settings.part_schema
+
     def score(self, piece: Unit) -> _Scored:
         """Score a piece of the unit; raises _LostError if that cannot be done in time."""
         actor = self._actor or self._make()
@@ -230,7 +235,7 @@ class _Cell:
             # was the row, another process tells.
             self._give_up()
             if isinstance(err.cause, RayError):  # known scores that were lost with their node
-                raise ScoringError(f"scoring: {_cause(err)}. Run again.") from err
+                raise ScoringError(f"scoring: {describe_cause(err)}. Run again.") from err
             raise _LostError(f"{type(err.cause).__name__}") from None
         except RayError:
             self._give_up()
@@ -250,7 +255,7 @@ class _Cell:
             self._ward.discharge(actor)
             raise ScoringError(
                 f"scoring: no process could be started for unit {self._unit.unit_id} of "
-                f"{self._unit.shard_url}: {_cause(err)}. What is scored is kept; run again."
+                f"{self._unit.shard_url}: {describe_cause(err)}. What is scored is kept; run again."
             ) from err
         self._actor = actor
         return actor
@@ -275,10 +280,3 @@ class _CellActor:
         tokens, reused = prepare(Unit.from_json(piece_json), self._scoring)
         part, num_tokens, started = self._scorer.score(piece_json, tokens, reused)
         return to_ipc(part), num_tokens, len(reused), started
-
-
-def _cause(err: Exception) -> str:
-    """`RuntimeError: what it said`, without the traceback and the colours that Ray adds."""
-    cause = getattr(err, "cause", None) or err
-    last = [line for line in str(cause).splitlines() if line.strip()][-1:]
-    return f"{type(cause).__name__}: {re.sub(_COLOURS, '', ''.join(last)).strip()}"

@@ -78,6 +78,8 @@ class RenderedSample:
     turns: tuple[TokenTurn, ...] = ()
     num_prompt_tokens: int = 0
     truncated: bool = False
+    next_id: int | None = None
+    """What the render has after `input_ids`, if anything: the end of the last turn."""
 
 
 class Renderer:
@@ -101,6 +103,8 @@ class Renderer:
         self.pair_tokens = pair_tokens
         self._backend = exact_offsets_backend(tokenizer)
         self.prefix_ids = prefix_token_ids(self._backend)
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
         if template == "chat" and not tokenizer.chat_template:
             raise ModelError(
                 f"tokenizer of {tokenizer.name_or_path}: it has no chat template, which preset or "
@@ -214,9 +218,11 @@ class Renderer:
         # Superfiltering's unpaired means need a token on each side, paired ones have both or none.
         if not sum(t.num_conditioned for t in found) or not sum(t.num_direct for t in found):
             return RenderedSample("too_short", num_prompt_tokens=num_prompt_tokens)
+        end = max(t.end for t in found)
         return RenderedSample(
             "ok",
-            input_ids=ids[: max(t.end for t in found)],
+            input_ids=ids[:end],
+            next_id=ids[end] if end < len(ids) else None,
             turns=tuple(found),
             num_prompt_tokens=num_prompt_tokens,
             truncated=truncated,

@@ -7,19 +7,30 @@ import time
 
 import numpy as np
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.estimate import Estimate
+from pipeline.experience import Experience
 from pipeline.garbage import Garbage
 from pipeline.parts import UnitDone
 from pipeline.rows import take_rows
-from pipeline.run import Result, Summary
+from pipeline.run import Result
 from pipeline.samples import read_samples
 from pipeline.schemas import BAD_LINE, STATUSES
 from pipeline.selection_report import selected, tables
+from pipeline.summary import Summary
 from pipeline.texts import plain, visible
+from pipeline.training import Trained
+from pipeline.training_loop import StepDone
 from pipeline.units import Plan
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -27,38 +38,43 @@ _ACTORS_SHOWN = (1, 2, 4, 8, 16)
 _GARBAGE_SHOWN = 20
 
 
-class ScoringProgress:
+class RunProgress:
     """A bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, console: Console) -> None:
         """Show progress on `console`."""
         self._console = console
         self._bar = Progress(
-            TextColumn("scoring"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("units  {task.fields[speed]}"),
+            TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
         )
-        self._task = (
-            None if not console.is_terminal else self._bar.add_task("", total=None, speed="")
-        )
-        self._done = self._tokens = 0
-        self._started = 0.0
-        self._said = time.monotonic()
+        self._task: TaskID | None = None
+        self.phase("scoring")
 
-    def __enter__(self) -> "ScoringProgress":
+    def __enter__(self) -> "RunProgress":
         """Start drawing."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """Clear the bar."""
-        if self._task is not None:  # off a terminal, rich would print an empty line
-            self._bar.stop()
+        self._clear()
 
-    def __call__(self, unit: UnitDone, total: int) -> None:
+    def phase(self, name: str) -> None:
+        """Something else begins."""
+        self._clear()
+        self._name = name
+        self._done = self._tokens = 0
+        self._started = 0.0
+        self._said = time.monotonic()
+        if self._console.is_terminal:
+            self._task = self._bar.add_task(name, total=None, said="")
+
+    def unit(self, unit: UnitDone, total: int) -> None:
         """Take note of a finished unit."""
         self._done += 1
         self._tokens += unit.tokens
@@ -66,12 +82,26 @@ class ScoringProgress:
             self._started = min(self._started or unit.started, unit.started)
         elapsed = unit.committed - self._started
         speed = f"{self._tokens / elapsed:,.0f} tokens/s" if self._tokens and elapsed > 0 else ""
+        self._say(self._done, total, "units", speed)
+
+    def step(self, step: StepDone) -> None:
+        """Take note of an optimiser step."""
+        speed = f"loss {step.loss:.3f}, {step.tokens / step.seconds:,.0f} tokens/s"
+        self._say(step.step, step.num_steps, "steps", speed)
+
+    def _say(self, done: int, total: int, what: str, said: str) -> None:
         if self._task is not None:
             self._bar.start()
-            self._bar.update(self._task, total=total, completed=self._done, speed=speed)
-        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES or self._done == total:
+            self._bar.update(self._task, total=total, completed=done, said=f"{what}  {said}")
+        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES or done == total:
             self._said = time.monotonic()
-            self._console.print(f"scored {self._done} of {total} units, {speed}", highlight=False)
+            self._console.print(f"{self._name}: {done} of {total} {what}, {said}", highlight=False)
+
+    def _clear(self) -> None:
+        if self._task is not None:  # off a terminal, rich would print an empty line
+            self._bar.stop()
+            self._bar.remove_task(self._task)
+            self._task = None
 
 
 def show(result: Result, console: Console) -> None:
@@ -88,6 +118,42 @@ def show(result: Result, console: Console) -> None:
         for name, rows in ends.items():
             console.print(_samples(result.plan, rows, f"{name} {by} of the eligible rows"), "")
     console.print(_files(summary), soft_wrap=True)
+
+
+def show_experience(experience: Experience, console: Console) -> None:
+    """Print what `cherry experience` chose."""
+    manifest = experience.manifest
+    counts = manifest["rows_by_status"]
+    console.print(_status_table("Prompts", "status", counts, manifest["rows"]))
+    sizes = sorted(cluster["rows"] for cluster in manifest["clusters"])
+    lines = [
+        f"{manifest['selected_rows']:,} rows of {len(sizes)} clusters, which have "
+        f"{sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,})",
+    ]
+    if empty := manifest["empty_clusters"]:
+        lines.append(f"{empty} clusters are empty: so many prompts are alike")
+    lines += ["", f"subset   {experience.url}", f"manifest {experience.manifest_url}"]
+    console.print(Group("", *(Text(line) for line in lines)), soft_wrap=True)
+
+
+def show_trained(trained: Trained, console: Console) -> None:
+    """Print what a training came to."""
+    console.print(
+        Group(*map(Text, _losses(trained)), Text(f"model    {trained.url}")), soft_wrap=True
+    )
+
+
+def _losses(trained: Trained) -> list[str]:
+    """Loss at both ends, over a tenth of the steps each."""
+    history = trained.manifest["history"]
+    tenth = max(1, len(history) // 10)
+    first, last = (
+        sum(step["loss"] for step in steps) / tenth for steps in (history[:tenth], history[-tenth:])
+    )
+    return [
+        f"trained on the {trained.manifest['trained_on']}: {trained.manifest['rows']:,} rows, "
+        f"{len(history):,} steps; loss {first:.3f} at first, {last:.3f} at last"
+    ]
 
 
 def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
@@ -169,6 +235,8 @@ def _facts(result: Result) -> Group:
         lines += selected(result.selection.manifest)
         if result.survey is None:
             lines.append("this selection was there already")
+    if result.trained:
+        lines += _losses(result.trained)
     lines += [f"skipped: {visible(reason)}" for reason in summary.skipped_shards]
     return Group("", *(Text(line) for line in lines), "")
 
@@ -192,4 +260,6 @@ def _files(summary: Summary) -> Group:
     lines = [f"scores   {summary.scores_path}"]
     if summary.cherry_path:
         lines += [f"cherry   {summary.cherry_path}", f"manifest {summary.manifest}"]
+    if summary.trained_path:
+        lines.append(f"model    {summary.trained_path}")
     return Group(*(Text(line) for line in lines))

@@ -82,6 +82,28 @@ LEDGER = pa.schema(
 )
 """What is known of a part that was read and checked: rows by status, and which bytes they were."""
 
+EMBEDDING = pa.schema(
+    [
+        ("row_index", pa.int64()),  # in the shard
+        ("sample_id", pa.binary(16)),
+        ("status", pa.dictionary(pa.int8(), pa.string())),
+        ("reason", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("nll_prompt", pa.float64()),  # sum in nats over all prompt tokens but the first
+        ("embedding", pa.list_(pa.float32())),  # mean of the last hidden states of the prompt
+    ]
+)
+"""A part of brief experience: one row per input row; both last columns null unless `ok`."""
+
+EXAMPLES = pa.schema(
+    [
+        ("sample_id", pa.binary(16)),
+        ("input_ids", pa.list_(pa.int32())),
+        ("is_target", pa.list_(pa.bool_())),  # whether the token has a loss
+    ]
+)
+"""What a training reads: one row per row that has an answer."""
+
 BAD_LINE = "_cherry_bad_line"
 """Column of ingested JSON shards: why a line is no row, null for good lines."""
 
@@ -94,6 +116,15 @@ SELECTED = pa.schema(
     ]
 )
 """Columns that a cherry subset has after the input's own."""
+
+EXPERIENCE = pa.schema(
+    [
+        ("sample_id", pa.binary(16)),
+        ("cluster", pa.int32()),
+        ("prompt_ppl", pa.float64()),
+    ]
+)
+"""Columns that an experience subset has after the input's own."""
 
 SMALLEST_FRACTION = pa.field("smallest_fraction", pa.float64())
 """With quotas and several fractions: the smallest of them whose subset the row belongs to."""

@@ -31,6 +31,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import models
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
+from pipeline.embedding import embed_table
 from pipeline.engine import Engine, keep_freed_memory
 from pipeline.errors import CherryError, LostUnitError, ScoringError
 from pipeline.metric import score_table
@@ -207,7 +208,8 @@ class UnitScorer:
         engine, prefix_ids = self._resident
         started = time.time()
         with deadline(self._scoring.timeout_s):
-            part, num_tokens = score_table(tokens, engine, prefix_ids)
+            measure = score_table if self._scoring.settings.measure == "ifd" else embed_table
+            part, num_tokens = measure(tokens, engine, prefix_ids)
         if len(reused):
             part = pa.concat_tables([part, reused]).unify_dictionaries()
             part = part.sort_by("row_index").combine_chunks()

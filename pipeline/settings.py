@@ -3,14 +3,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import pyarrow as pa
+
 from pipeline.cluster import Workers
 from pipeline.config import TemplateName
 from pipeline.models import ModelRef
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.reuse import KnownRows
+from pipeline.schemas import EMBEDDING, PART
 from pipeline.units import fingerprint
 
 SCORING_VERSION = 1
+EMBEDDING_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,25 @@ class ScoringSettings:
     max_batch_tokens: int | Literal["auto"]
     """`auto` is resolved on the actor's device; packs agree within rounding, so it is no part of
     the fingerprint."""
+    measure: Literal["ifd", "prompt"] = "ifd"
+    """What is asked of the model: both losses of the responses, or the embedding and the loss of
+    the prompts, for brief experience."""
+
+    @property
+    def part_schema(self) -> pa.Schema:
+        """Of the parts."""
+        return PART if self.measure == "ifd" else EMBEDDING
+
+    @property
+    def folder(self) -> str:
+        """Of the parts, under the output."""
+        return "scores" if self.measure == "ifd" else "embeddings"
 
     def fingerprint(self, template_text: str, tokenizer_fp: str) -> str:
         """`score_fp`: everything that can change a score."""
+        versions: dict[str, object] = {"scoring_version": SCORING_VERSION}
+        if self.measure == "prompt":
+            versions["embedding_version"] = EMBEDDING_VERSION
         return fingerprint(
             {
                 "model": self.model.fingerprint,
@@ -37,7 +57,7 @@ class ScoringSettings:
                 "max_length": self.max_length,
                 "dtype": self.dtype,
                 "rendering_version": RENDERING_VERSION,
-                "scoring_version": SCORING_VERSION,
+                **versions,
             }
         )
 

@@ -12,13 +12,14 @@ whole object, or an error that names it.
 
 import math
 import os
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -207,9 +208,31 @@ def publish(url: str, data: bytes) -> bool:
     fs, path = filesystem(url)
     with changing(url, f"cannot write {len(data):,} bytes"):
         if _local(fs):
-            return _link_file(path, data)
+            return _link_file(path, _writer(data))
         try:
             fs.pipe_file(path, data, mode="create")
+        except OSError as err:
+            if says_exists(err):
+                return False
+            raise
+        return True
+
+
+def publish_file(url: str, write: Callable[[str], object]) -> bool:
+    """Make the file that `write` makes at a path of this machine appear at `url`, as `publish`.
+
+    Raises:
+        StorageError: There is no room for it here, or it could not be written there.
+    """
+    fs, path = filesystem(url)
+    if _local(fs):
+        with changing(url, "cannot be written"):
+            return _link_file(path, write)
+    with changing(url, "cannot be written"), tempfile.TemporaryDirectory() as folder:
+        temporary = os.path.join(folder, "object")
+        write(temporary)
+        try:
+            fs.put_file(temporary, path, mode="create")
         except OSError as err:
             if says_exists(err):
                 return False
@@ -261,8 +284,8 @@ def remove(url: str) -> None:
         fs.rm_file(path)
 
 
-def _link_file(path: str, data: bytes) -> bool:
-    with _temporary(path, data) as temporary:
+def _link_file(path: str, write: Callable[[str], object]) -> bool:
+    with _temporary(path, write) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -272,22 +295,25 @@ def _link_file(path: str, data: bytes) -> bool:
 
 
 def _replace_file(path: str, data: bytes) -> None:
-    with _temporary(path, data) as temporary:
+    with _temporary(path, _writer(data)) as temporary:
         os.replace(temporary, path)
     _sync_directory(path)
 
 
+def _writer(data: bytes) -> Callable[[str], object]:
+    return lambda path: Path(path).write_bytes(data)
+
+
 @contextmanager
-def _temporary(path: str, data: bytes) -> Iterator[str]:
+def _temporary(path: str, write: Callable[[str], object]) -> Iterator[str]:
     """A synced file beside `path`, gone in the end whatever happens."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     # A leading dot and no .parquet ending: no listing takes it for a part.
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as handle:
-            handle.write(data)
-            handle.flush()
+        write(temporary)
+        with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         yield temporary
     finally:

@@ -190,7 +190,7 @@ def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.T
     form = job.settings.format
     if form not in ("parquet", "jsonl"):  # the layout's columns become the example itself
         fields = [field for field in fields if field.name not in layout]
-    columns = [*(_column(read, field, shard) for field in fields), *added.columns]
+    columns = [*(as_column(read, field, shard) for field in fields), *added.columns]
     table = pa.table(columns, schema=pa.schema([*fields, *added.schema]))
     if form == "parquet":
         return table.unify_dictionaries()
@@ -218,7 +218,7 @@ def _added(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.Table:
     return added.cast(schema)
 
 
-def _column(text: pa.Table, field: pa.Field, unit: Unit) -> pa.ChunkedArray:
+def as_column(text: pa.Table, field: pa.Field, unit: Unit) -> pa.ChunkedArray:
     """A column of a shard in the output's type; nulls where the shard has none."""
     if field.name not in text.schema.names:
         return pa.chunked_array([pa.nulls(len(text), field.type)])

@@ -5,6 +5,7 @@ import re
 import unicodedata
 
 _SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)(TOKEN|KEY)$|CONNECTION_STRING")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LEAST_SECRET = 8
 """Characters; a shorter value is part of ordinary words."""
 
@@ -28,6 +29,13 @@ def without_secrets(text: str) -> str:
         if len(value) >= _LEAST_SECRET and _SECRET_NAME.search(name):
             text = text.replace(value, f"${name}")
     return text
+
+
+def describe_cause(err: BaseException | None) -> str:
+    """`RuntimeError: what it said`, without the traceback and the colours that Ray adds."""
+    cause = getattr(err, "cause", None) or err
+    last = [line for line in str(cause).splitlines() if line.strip()][-1:]
+    return f"{type(cause).__name__}: {re.sub(_COLOURS, '', ''.join(last)).strip()}"
 
 
 def visible(text: str) -> str:

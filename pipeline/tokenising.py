@@ -50,7 +50,7 @@ def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
     except (InputError, pa.ArrowException, OSError) as err:
         raise ShardError(f"shard {unit.shard_url}: {err}") from err
     todo = np.ones(len(samples), bool)
-    reused = PART.empty_table()
+    reused = scoring.settings.part_schema.empty_table()
     if scoring.rescore:
         part = _own_part(unit, scoring)
         todo = pc.equal(part["status"], "error").to_numpy()
@@ -98,7 +98,7 @@ def tokenise(
 def _own_part(unit: Unit, scoring: Scoring) -> pa.Table:
     """The rows of a unit, or of a piece of one, from its part."""
     with storage.open_parquet(unit.part_url(scoring.scores_url)) as parquet:
-        part = parquet.read().replace_schema_metadata(None).cast(PART)
+        part = parquet.read().replace_schema_metadata(None).cast(scoring.settings.part_schema)
     return part.slice(unit.start - part["row_index"][0].as_py(), unit.num_rows)
 
 

@@ -69,6 +69,11 @@ class Plan:
     """As the footers say, at most `max_rows` in all."""
 
     @property
+    def fingerprint(self) -> str:
+        """Of what was asked of the model: the name of the parts' directory."""
+        return self.scores_url.rpartition("/")[2]
+
+    @property
     def num_rows(self) -> int:
         """Rows of all units."""
         return sum(unit.num_rows for unit in self.units)
@@ -109,6 +114,7 @@ def make_plan(
     unit_rows: int | Literal["auto"],
     num_parameters: int,
     max_rows: int | None,
+    folder: str = "scores",
 ) -> Plan:
     """Cut a corpus into units.
 
@@ -124,6 +130,7 @@ def make_plan(
             20M parameters.
         num_parameters: Of the model.
         max_rows: Only the first so many rows.
+        folder: Of the parts, under the output.
     """
     units: list[Unit] = []
     rows_by_shard: dict[str, int] = {}
@@ -137,7 +144,7 @@ def make_plan(
                 left -= stop - start
             if stop > start:
                 units.append(_unit(shard, start, stop, score_fp))
-    scores_url = storage.join(storage.absolute(output), "scores", score_fp)
+    scores_url = storage.join(storage.absolute(output), folder, score_fp)
     return Plan(tuple(units), scores_url, rows_by_shard)
 
 

@@ -2,7 +2,7 @@
 
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -303,6 +303,14 @@ def test_the_reference_config_holds_every_key_with_its_default() -> None:
     assert {k: v for k, v in flat.items() if k not in required} == {
         k: v for k, v in expected.items() if k not in required
     }
+
+
+def test_the_self_guided_config_holds_every_key_with_its_default() -> None:
+    written = yaml.safe_load((REPOSITORY / "configs/self_guided.yaml").read_text())
+    for name in ("experience", "train", "compare"):
+        section = get_args(Config.model_fields[name].annotation)[0]  # of X | None
+        assert list(written[name]) == list(section.model_fields)
+        assert section.model_validate(written[name]) == section()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline import projection
 from pipeline.attention import UnsupportedAttentionError, _plan_groups, packed_attention
-from pipeline.engine import Engine, TokenSequence, auto_dtype
+from pipeline.engine import Engine, SequenceLoss, TokenSequence, auto_dtype
 
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -194,10 +194,10 @@ def test_one_bad_sequence_is_an_error_and_the_others_are_scored(
     engine = Engine(model)
     whole = engine._losses
 
-    def spoiled(chosen: list[TokenSequence]) -> list[tuple[float, ...]]:
+    def spoiled(chosen: list[TokenSequence], hidden: bool) -> list[SequenceLoss]:
         if any(sequence is bad for sequence in chosen):
             raise IndexError("index out of range")
-        return whole(chosen)
+        return whole(chosen, hidden)
 
     monkeypatch.setattr(engine, "_losses", spoiled)
     losses = engine.score([good[0], bad, *good[1:]])
@@ -214,11 +214,11 @@ def test_out_of_memory_halves_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     whole = Engine._losses
 
-    def scarce(self: Engine, chosen: list[TokenSequence]) -> list[tuple[float, ...]]:
+    def scarce(self: Engine, chosen: list[TokenSequence], hidden: bool) -> list[SequenceLoss]:
         sizes.append(len(chosen))
         if len(chosen) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, chosen)
+        return whole(self, chosen, hidden)
 
     monkeypatch.setattr(Engine, "_losses", scarce)
     losses = engine.score(sequences)
@@ -279,3 +279,20 @@ def test_a_broken_device_is_no_fault_of_a_sequence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engine, "_losses", broken)
     with pytest.raises(torch.AcceleratorError):
         engine.score(sequences_of([9, 9]))
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_mean_hidden_states_equal_plain_transformers(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    model = tiny_model("Llama")
+    if mode == "padded":
+        monkeypatch.setattr(Engine, "_probe", lambda *_: "of a test")
+    sequences = sequences_of([9, 30, 2, 17])
+    losses = Engine(model, 32).score(sequences, hidden=True)
+    model.set_attn_implementation("eager")
+    for sequence, loss in zip(sequences, losses, strict=True):
+        ids = torch.from_numpy(sequence.input_ids).long()[None]
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states[-1]
+        np.testing.assert_allclose(loss.mean_hidden_M, states[0].mean(0), atol=1e-5)

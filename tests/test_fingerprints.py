@@ -11,7 +11,9 @@ from conftest import tiny_model
 from pipeline.budgets import SelectSettings
 from pipeline.config import Config, SelectConfig
 from pipeline.config_faults import all_keys
+from pipeline.config_training import TrainConfig
 from pipeline.job import check, plan
+from pipeline.training_job import plan_training
 
 pytestmark = pytest.mark.ray
 ConfigFor = Callable[..., Any]
@@ -72,6 +74,8 @@ NEEDS = {
 
 def test_every_key_is_on_one_side() -> None:
     leaves = {key for key in all_keys(Config) if "." in key or key == "output"}
+    # These shape other models, whose weights then are the ones of model.path.
+    leaves -= {key for key in leaves if key.startswith(("experience.", "train.", "compare."))}
     sides = [CHANGE_THE_SCORE, CHANGE_THE_UNITS, CHANGE_NOTHING, CHANGE_THE_SELECTION]
     assert leaves == set().union(*sides)
     assert sum(map(len, sides)) == len(leaves)
@@ -130,3 +134,40 @@ def test_every_key_of_the_selection_changes_its_settings(key: str) -> None:
     by = changed.by or "ifd_loss_ratio"
     base = SelectSettings.from_config(SelectConfig.model_validate(needs), "ifd_loss_ratio")
     assert SelectSettings.from_config(changed, by) != base
+
+
+ANOTHER_MODEL = {
+    "epochs": 2,
+    "max_steps": 7,
+    "learning_rate": 1e-4,
+    "batch_rows": 64,
+    "warmup_fraction": 0.1,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "seed": 1,
+    "dtype": "bfloat16",
+    "lora": {},
+}
+THE_SAME_MODEL = {
+    "max_batch_tokens": 1024,
+    "checkpoint_steps": 10,
+    "workers": 2,
+    "gpus_per_replica": 2,
+}
+
+
+def test_every_key_of_a_training_shapes_its_model_or_does_not(
+    ray_local: None, config_for: ConfigFor, corpus: Path
+) -> None:
+    assert set(TrainConfig.model_fields) == ANOTHER_MODEL.keys() | THE_SAME_MODEL.keys()
+    job = plan(check(config_for(corpus), selecting=False))
+    base = {"dtype": "float32"}
+
+    def train_fp(**changes: Any) -> str:
+        config = TrainConfig.model_validate(base | changes)
+        return plan_training(job, "rows", "digest", config).train_fp
+
+    for key, value in ANOTHER_MODEL.items():
+        assert train_fp(**{key: value}) != train_fp(), key
+    for key, value in THE_SAME_MODEL.items():
+        assert train_fp(**{key: value}) == train_fp(), key

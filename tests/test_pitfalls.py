@@ -49,7 +49,7 @@ def test_02_out_of_memory_is_an_error_never_ifd_zero(monkeypatch: pytest.MonkeyP
     renderer = Renderer(make_tokenizer(), "alpaca", 200, True)
     engine = Engine(tiny_model("Llama"))
 
-    def exhausted(self: Engine, sequences: Any) -> Any:
+    def exhausted(self: Engine, *_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Engine, "_losses", exhausted)
@@ -74,10 +74,10 @@ def test_04_a_pack_out_of_memory_is_split_not_written_off(monkeypatch: pytest.Mo
     engine = Engine(tiny_model("Llama"))
     whole = Engine._losses
 
-    def scarce(self: Engine, sequences: Any) -> Any:
+    def scarce(self: Engine, sequences: Any, hidden: bool) -> Any:
         if len(sequences) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, sequences)
+        return whole(self, sequences, hidden)
 
     monkeypatch.setattr(Engine, "_losses", scarce)
     table = tokens_table(renderer, [alpaca("A", "one two"), alpaca("B", "three four")])

@@ -1,0 +1,98 @@
+"""Checkpoints of a training: one object each, published whole, so that one that exists is good.
+
+A checkpoint holds the whole state on one CPU, whatever the number of workers: it can be resumed by
+another number of them. Two are kept.
+"""
+
+import io
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.optim import Optimizer
+
+from pipeline import storage
+from pipeline.errors import StorageError
+from pipeline.parallel import rank
+
+_KEPT = 2
+
+
+def save(
+    url: str, step: int, model: Any, optimizer: Optimizer, history: list[dict[str, Any]]
+) -> None:
+    """Publish the state after `step` steps; every worker must call it.
+
+    Raises:
+        StorageError: There is no room for it, or it could not be written; older ones remain.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    if rank():
+        return
+    state = {"step": step, "model": weights, "optimizer": moments, "history": history}
+    name = storage.join(url, f"step-{step:08d}.pt")
+    storage.publish_file(name, lambda path: write_state(state, path))
+    for old in sorted(_steps(url))[:-_KEPT]:
+        storage.remove(storage.join(url, f"step-{old:08d}.pt"))
+
+
+def load_latest(url: str, model: Any, optimizer: Optimizer) -> tuple[int, list[dict[str, Any]]]:
+    """Restore the newest state, if there is one; every worker must call it.
+
+    Returns:
+        Steps that are done, and what was noted of them.
+    """
+    found: list[Any] = [max(_steps(url), default=0) if not rank() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    (step,) = found
+    if not step:
+        return 0, []
+    name = storage.join(url, f"step-{step:08d}.pt")
+    data = storage.read_bytes(name)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, UnpicklingError) as err:
+        raise StorageError(f"{name}: not a readable checkpoint. Delete it.") from err
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
+    )
+    return state["step"], state["history"]
+
+
+def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Trained parameters by name, on the CPU of the first worker; every worker must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]
+
+
+def remove_all(url: str) -> None:
+    """Remove the checkpoints of a training that is done."""
+    for step in _steps(url):
+        storage.remove(storage.join(url, f"step-{step:08d}.pt"))
+
+
+def write_state(state: Any, path: str) -> None:
+    """`torch.save`, with what a full disk says as an OSError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as err:  # of PyTorch's own writer
+        raise OSError(f"writing {path}: {err}") from err
+
+
+def _steps(url: str) -> list[int]:
+    names = storage.list_names(url)
+    return [int(n[5:13]) for n in names if n.startswith("step-") and n.endswith(".pt")]

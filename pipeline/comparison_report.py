@@ -1,0 +1,66 @@
+"""What a person sees of a comparison: a table, and a sentence for each held-out set."""
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.comparison import Comparison
+from pipeline.texts import visible
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print a comparison."""
+    report = comparison.report
+    for name, before in report["before"].items():
+        console.print(_table(report, name, before), "")
+    lines = [line for name in report["before"] for line in _verdicts(report, name)]
+    lines += ["", f"report   {comparison.url}/report.json", f"curves   {comparison.url}/curves.png"]
+    console.print(Group(*(Text(visible(line)) for line in lines)), soft_wrap=True)
+
+
+def _table(report: dict[str, Any], name: str, before: dict[str, float]) -> Table:
+    seeds = len(report["seeds"])
+    title = f"Held-out set {visible(name)}: loss in nats a token, {seeds} seeds"
+    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("trained on")
+    for column in ("rows", "tokens", "steps", "loss", "spread"):
+        table.add_column(column, justify="right")
+    exact = any(name in arm["exact_match"] for arm in report["arms"])
+    if exact:
+        table.add_column("exact", justify="right")
+    matches = [f"{100 * before['exact_match']:.1f} %"] if exact else []
+    table.add_row("nothing", "0", "0", "0", f"{before['loss']:.4f}", "", *matches)
+    for arm in report["arms"]:
+        losses = np.array(arm["loss"][name])
+        counts = (f"{round(np.mean(arm[key])):,}" for key in ("rows", "tokens", "steps"))
+        matches = [f"{100 * np.mean(arm['exact_match'][name]):.1f} %"] if exact else []
+        spread = f"{losses.std(ddof=1):.4f}" if len(losses) > 1 else ""
+        label = arm["arm"].replace("_", " ")
+        table.add_row(label, *counts, f"{losses.mean():.4f}", spread, *matches)
+    return table
+
+
+def _verdicts(report: dict[str, Any], name: str) -> list[str]:
+    """Cherry against each control, plainly, whichever way it went."""
+    losses = {arm["arm"]: np.array(arm["loss"][name]) for arm in report["arms"]}
+    if "cherry" not in losses:
+        return []
+    cherry = losses.pop("cherry")
+    return [
+        f"{name}: cherry is {_verdict(cherry, control)} {arm.replace('_', ' ')}"
+        for arm, control in losses.items()
+    ]
+
+
+def _verdict(cherry: Any, control: Any) -> str:
+    difference = float(cherry.mean() - control.mean())
+    # Two standard errors of a difference of means; with one seed nothing is known of chance.
+    if len(cherry) > 1:
+        error = float(np.sqrt((cherry.var(ddof=1) + control.var(ddof=1)) / len(cherry)))
+        if abs(difference) <= 2 * error:
+            return f"no different (by {difference:+.4f}, chance explains {2 * error:.4f}) from"
+    said = "better" if difference < 0 else "worse"
+    return f"{said}, its loss {abs(difference):.4f} {'lower' if difference < 0 else 'higher'} than"

@@ -1,0 +1,85 @@
+"""The workers of a training: how many there are, and how they share weights and gradients."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.errors import ConfigError
+
+
+def world_size() -> int:
+    """Workers; one without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This worker's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def wait_for_all() -> None:
+    """Go on when every worker is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_workers(values: Tensor) -> Tensor:
+    """The sum of what each worker has; every worker must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def parallel(module: nn.Module, model: Any, per_replica: int, dtype: torch.dtype) -> nn.Module:
+    """A module whose gradients are averaged over all workers.
+
+    DDP, or FSDP2 where a copy of the weights is shared; a lone worker needs neither.
+
+    Args:
+        module: What is called; it holds `model`.
+        model: A transformers model.
+        per_replica: Workers that share one copy of the weights.
+        dtype: Of matrix products.
+
+    Raises:
+        ConfigError: The workers do not make up whole replicas.
+    """
+    world = world_size()
+    if world == 1:
+        return module
+    if per_replica == 1:
+        # Every trainable parameter has a gradient in each pack.
+        return DistributedDataParallel(module)
+    if world % per_replica:
+        raise ConfigError(
+            f"train.gpus_per_replica {per_replica}: got {world} workers, expected a multiple of it."
+        )
+    shape = (world // per_replica, per_replica)
+    mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("replica", "shard"))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    used = mesh if shape[0] > 1 else mesh["shard"]
+    for block in _blocks(model):
+        fully_shard(block, mesh=used, mp_policy=policy)
+    fully_shard(module, mesh=used, mp_policy=policy)  # in place
+    return module
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """The repeated layers of a model: what is gathered and freed at a time."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if type(m).__name__ in names]
+
+
+def synchronised(wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients are averaged over the workers with the last pack only."""
+    if isinstance(wrapped, DistributedDataParallel):
+        return nullcontext() if last else wrapped.no_sync()
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    return nullcontext()

@@ -1,0 +1,101 @@
+"""Units that have no part yet: sent to the models, and the run ended where it must be."""
+
+import logging
+from typing import Protocol
+
+from pipeline import accounting, cluster, errors, recovery, reuse
+from pipeline.job import Job
+from pipeline.parts import UnitDone
+from pipeline.settings import Scoring
+from pipeline.training_loop import StepDone
+from pipeline.units import Unit
+
+log = logging.getLogger("cherry")
+
+
+class Progress(Protocol):
+    """Who is told how far a run is."""
+
+    def phase(self, name: str) -> None:
+        """Something else begins."""
+
+    def unit(self, unit: UnitDone, total: int) -> None:
+        """One of `total` units is done."""
+
+    def step(self, step: StepDone) -> None:
+        """An optimiser step is done."""
+
+
+class Silence:
+    """Progress that nobody watches."""
+
+    def phase(self, name: str) -> None:
+        """Nothing."""
+
+    def unit(self, unit: UnitDone, total: int) -> None:
+        """Nothing."""
+
+    def step(self, step: StepDone) -> None:
+        """Nothing."""
+
+
+def score(job: Job, progress: Progress) -> list[UnitDone]:
+    """Score the units that have no part, but for rows that have a score."""
+    parts = job.plan.parts()
+    pending = job.plan.pending(parts)
+    by_row = job.config.score.reuse == "rows" and job.settings.measure == "ifd"
+    stale = job.plan.stale(parts) if by_row else []
+    known = reuse.gather(stale) if pending and stale else None
+    return _score_units(job, pending, progress, known=known)
+
+
+def rescore(job: Job, progress: Progress) -> list[UnitDone]:
+    """Score rows with status `error` again, and replace their parts."""
+    there = job.plan.without({u.unit_id for u in job.plan.pending(job.plan.parts())})
+    with_errors = accounting.audit(there).with_errors()
+    units = [unit for unit in there.units if unit.unit_id in with_errors]
+    return _score_units(job, units, progress, rescore=True)
+
+
+def _score_units(
+    job: Job,
+    pending: list[Unit],
+    progress: Progress,
+    *,
+    known: reuse.KnownRows | None = None,
+    rescore: bool = False,
+) -> list[UnitDone]:
+    if not pending:
+        return []
+    workers = cluster.plan_workers(job.config.cluster)
+    name = "scoring" if job.settings.measure == "ifd" else "embedding"
+    log.info("%s %d of %d units, %s", name, len(pending), len(job.plan.units), workers.describe())
+    progress.phase(name)
+    scoring = Scoring(
+        settings=job.settings,
+        scores_url=job.plan.scores_url,
+        workers=workers,
+        timeout_s=job.config.score.unit_timeout_s,
+        known=known,
+        rescore=rescore,
+    )
+    done = []
+    for unit in recovery.score_units(pending, scoring):
+        if unit.failure:
+            _raise_failure(unit, job.config.input.on_bad_shard)
+        done.append(unit)
+        progress.unit(unit, len(pending))
+    return done
+
+
+def _raise_failure(unit: UnitDone, on_bad_shard: str) -> None:
+    """End the run over what a unit says, unless it is a shard that may be skipped."""
+    text = unit.failure
+    if unit.failure_kind == errors.ShardError.__name__:
+        if on_bad_shard == "skip":
+            return
+        text = (
+            f"{text}\nReplace the shard and run again (what is scored is kept), or set "
+            "input.on_bad_shard: skip."
+        )
+    raise getattr(errors, unit.failure_kind or "")(text)

@@ -1,0 +1,130 @@
+"""The loss of a pack's answers, with gradients: what a training steps on and is judged by.
+
+Sequences lie in packs as in scoring, without padding, and the vocabulary meets only states that
+predict a token with a loss, some at a time, and again in the backward pass.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.batches import deal_packs
+from pipeline.engine import attention, hidden_packed
+from pipeline.parallel import rank, sum_over_workers, world_size
+from pipeline.projection import logit_transform
+from pipeline.training_data import Examples
+
+_TOKENS_PROJECTED = 1024
+"""Tokens that meet the vocabulary at once: 1,024 x 128,000 logits are half a gigabyte."""
+
+
+class ResponseLoss(nn.Module):
+    """A causal language model whose forward pass is the summed loss of a pack's targets."""
+
+    def __init__(self, model: Any, packed: bool) -> None:
+        """Take a model, and whether its attention can be packed (see engine.py)."""
+        super().__init__()
+        self.model = model
+        self._packed = packed
+        self._transform = logit_transform(model.config.get_text_config())
+
+    # T=tokens of the pack, S=tokens with a loss, M=hidden size, V=vocabulary
+    def forward(
+        self, ids_T: Tensor, lengths: list[int], position_S: Tensor, *, whole: bool = True
+    ) -> Tensor:
+        """Loss of the tokens at `position_S`, in nats, summed.
+
+        With `whole=False`, of each of them, and whether it is the most likely one: shape (2, S).
+        """
+        hidden_TM = self._hidden(ids_T, lengths)
+        # The causal shift: the state at t - 1 predicts token t.
+        hidden_SM, target_S = hidden_TM[position_S - 1], ids_T.to(hidden_TM.device)[position_S]
+        pieces = list(
+            zip(hidden_SM.split(_TOKENS_PROJECTED), target_S.split(_TOKENS_PROJECTED), strict=True)
+        )
+        if not whole:
+            return torch.cat([self._judge(h, t) for h, t in pieces], dim=1)
+        losses = [checkpoint(self._nll, h, t, use_reentrant=False) for h, t in pieces]
+        return torch.stack(losses).sum()
+
+    def _hidden(self, ids_T: Tensor, lengths: list[int]) -> Tensor:
+        if self._packed:
+            return hidden_packed(self.model, lengths, ids_T)
+        rows = ids_T.split(lengths)
+        ids_BL = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.model.device)
+        mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
+        mask_BL = mask_BL.to(self.model.device)
+        with attention(self.model, "eager"):
+            output = self.model.base_model(
+                input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False
+            )
+        return output.last_hidden_state[mask_BL]  # type: ignore[no-any-return]
+
+    def _nll(self, hidden_SM: Tensor, target_S: Tensor) -> Tensor:
+        logits_SV = self._transform(self.model.get_output_embeddings()(hidden_SM).float())
+        return F.cross_entropy(logits_SV, target_S, reduction="sum")
+
+    def _judge(self, hidden_SM: Tensor, target_S: Tensor) -> Tensor:
+        logits_SV = self._transform(self.model.get_output_embeddings()(hidden_SM).float())
+        nll_S = F.cross_entropy(logits_SV, target_S, reduction="none")
+        return torch.stack([nll_S, (logits_SV.argmax(-1) == target_S).float()])
+
+
+def forward_pack(
+    wrapped: nn.Module, examples: Examples, rows: Any, dtype: torch.dtype, *, whole: bool = True
+) -> Tensor:
+    """What ResponseLoss gives of a pack of rows."""
+    device = next(wrapped.parameters()).device
+    ids, mask = (
+        np.concatenate([values[examples.span(row)] for row in rows])
+        for values in (examples.ids, examples.targets)
+    )
+    # FSDP casts weights itself.
+    casts = dtype != torch.float32 and not isinstance(wrapped, FSDPModule)
+    with torch.autocast(device.type, dtype) if casts else nullcontext():
+        nll: Tensor = wrapped(
+            torch.from_numpy(ids).long().to(device),
+            [int(examples.lengths[row]) for row in rows],
+            torch.from_numpy(np.flatnonzero(mask)).to(device),
+            whole=whole,
+        )
+    return nll
+
+
+@torch.no_grad()
+def evaluate(
+    wrapped: nn.Module, held_out: dict[str, Examples], max_tokens: int, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    """Judge a model by held-out sets; every worker must call it.
+
+    Returns:
+        Of each set: `loss` in nats a token of its answers, and `exact_match`, the share of rows
+        whose answer is the most likely one token by token. That is what greedy decoding would give,
+        so no text has to be generated to know.
+    """
+    return {name: _evaluate(wrapped, rows, max_tokens, dtype) for name, rows in held_out.items()}
+
+
+def _evaluate(
+    wrapped: nn.Module, examples: Examples, max_tokens: int, dtype: torch.dtype
+) -> dict[str, float]:
+    dealt = deal_packs(examples.lengths.tolist(), world_size(), max_tokens)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for pack in dealt[rank()]:
+        found = forward_pack(wrapped, examples, pack or [0], dtype, whole=False).double().cpu()
+        if not pack:  # it only joined in
+            continue
+        counts = [int(examples.targets[examples.span(row)].sum()) for row in pack]
+        sums[0] += found[0].sum()
+        sums[1] += sum(bool(hits.all()) for hits in found[1].split(counts))
+    sums = sum_over_workers(sums.to(next(wrapped.parameters()).device))
+    return {
+        "loss": float(sums[0]) / examples.num_targets,
+        "exact_match": float(sums[1]) / len(examples),
+    }

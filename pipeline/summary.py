@@ -1,0 +1,96 @@
+"""What a run did, in numbers: the object that `--json` prints."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from pipeline.accounting import Audit
+from pipeline.job import Job
+from pipeline.parts import UnitDone
+from pipeline.schemas import FAILED_STATUSES
+from pipeline.units import Plan
+
+log = logging.getLogger("cherry")
+
+_WARN_OVER_ONE = 0.5
+"""Share of scored rows with IFD >= 1 from which something is off, most often the template."""
+
+
+@dataclass
+class Summary:
+    """What a run did."""
+
+    rows: int
+    rows_by_status: dict[str, int]
+    units_total: int
+    units_scored: int
+    units_reused: int
+    rows_reused: int
+    tokens_scored: int
+    tokens_per_s: float | None
+    seconds: float
+    selected_rows: int | None
+    cut: float | None
+    score_fingerprint: str
+    scores_path: str
+    cherry_path: str | None
+    manifest: str | None
+    skipped_shards: list[str] = field(default_factory=list)
+    model: str | None = None
+    """That scored: with brief experience, the trained one."""
+    experience_path: str | None = None
+    trained_path: str | None = None
+    """The model that was trained on the cherry subset."""
+
+    @property
+    def failed_fraction(self) -> float:
+        """Share of rows that count against `max_error_fraction`."""
+        return sum(self.rows_by_status.get(s, 0) for s in FAILED_STATUSES) / max(1, self.rows)
+
+
+def summarise(
+    job: Job, finished: Plan, done: list[UnitDone], audited: Audit, begun: float
+) -> Summary:
+    """Put together what was planned, what was done now, and what the parts hold."""
+    failed = {str(unit.failure) for unit in done if unit.failure}
+    scored = [unit for unit in done if not unit.failure]
+    scored_ids = {unit.unit_id for unit in scored}
+    reused = [unit for unit in finished.units if unit.unit_id not in scored_ids]
+    with_model = [unit for unit in scored if unit.tokens]
+    seconds_scoring = max((u.committed for u in with_model), default=0.0) - min(
+        (u.started for u in with_model), default=0.0
+    )
+    tokens = sum(unit.tokens for unit in scored)
+    num_ok = sum(unit.rows_by_status.get("ok", 0) for unit in scored)
+    warn_over_one(sum(unit.over_one for unit in scored) / max(1, num_ok))
+    counts = audited.rows_by_status
+    return Summary(
+        rows=counts.total(),
+        rows_by_status=dict(sorted(counts.items())),
+        units_total=len(job.plan.units),
+        units_scored=len(scored_ids),
+        units_reused=len(reused),
+        rows_reused=sum(u.num_rows for u in reused) + sum(u.rows_reused for u in scored),
+        tokens_scored=tokens,
+        tokens_per_s=round(tokens / seconds_scoring, 1) if tokens and seconds_scoring > 0 else None,
+        seconds=round(time.monotonic() - begun, 3),
+        selected_rows=None,
+        cut=None,
+        score_fingerprint=job.score_fp,
+        scores_path=finished.scores_url,
+        cherry_path=None,
+        manifest=None,
+        skipped_shards=[*job.corpus.skipped, *sorted(failed)],
+        model=job.settings.model.path,
+    )
+
+
+def warn_over_one(share: float) -> None:
+    """Say so where the instruction helps on few rows."""
+    if share > _WARN_OVER_ONE:
+        log.warning(
+            "%.0f %% of the scored rows have an IFD of 1 or more: the instruction does not help "
+            "the model. Most often the template does not fit it: a chat template on a base model "
+            "(try score.preset: cherry), or responses in a language it does not know.",
+            100 * share,
+        )

@@ -1,0 +1,284 @@
+"""Training on a cluster: Ray Train runs the loop on every worker, and the output gets the model.
+
+A training that was killed goes on from its newest checkpoint; one whose manifest is there is done.
+What workers have to say (steps, and what ended them) comes through a queue on the driver's node.
+"""
+
+import functools
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.metrics import Gauge
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors import SafetensorError
+
+from pipeline import checkpoints, cluster, errors, models, storage, training_data
+from pipeline.adapters import add_adapters
+from pipeline.batches import count_steps
+from pipeline.cluster import Trainers
+from pipeline.config import ClusterConfig
+from pipeline.errors import CherryError, StorageError, TrainingError
+from pipeline.parallel import wait_for_all
+from pipeline.pending import Progress
+from pipeline.texts import describe_cause
+from pipeline.training_data import Examples
+from pipeline.training_job import TrainJob
+from pipeline.training_loop import StepDone, train
+
+log = logging.getLogger("cherry")
+
+_MOST_FAILURES = 3
+"""Times that workers may be lost in a row; each time the newest checkpoint is gone back to."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training."""
+
+    url: str
+    """A model directory."""
+    manifest_url: str
+    manifest: dict[str, Any]
+
+
+Load = Callable[[], tuple[pa.Table, int]]
+"""Gives rows in the EXAMPLES schema, and how many were left out."""
+
+
+def finished(job: TrainJob) -> Trained | None:
+    """The training's result, if it is done already."""
+    if not storage.exists(job.manifest_url):
+        return None
+    manifest = json.loads(storage.read_bytes(job.manifest_url))
+    return Trained(job.url, job.manifest_url, manifest)
+
+
+def train_all(
+    planned: Sequence[tuple[TrainJob, Load]], cluster_config: ClusterConfig, progress: Progress
+) -> list[Trained]:
+    """Train one after the other what is not done yet, in the same workers.
+
+    Args:
+        planned: Each training, and what gives its rows; their workers must be alike.
+        cluster_config: Where.
+        progress: Told of each step.
+
+    Raises:
+        InputError: There is no row to train on.
+        TrainingError: A loss is not finite, or workers were lost too often.
+        StorageError: The disk is full, or the output cannot be written.
+    """
+    todo = [(job, load) for job, load in planned if finished(job) is None]
+    if todo:
+        trainers = cluster.plan_trainers(cluster_config, todo[0][0].config)
+        ready = [_prepare(job, load, trainers) for job, load in todo]
+        _fit(ready, trainers, progress)
+        for job in ready:
+            checkpoints.remove_all(job.checkpoints_url)
+        for url in {job.examples_url for job in ready}:
+            storage.remove(url)
+    return [trained for job, _ in planned if (trained := finished(job)) is not None]
+
+
+def _prepare(job: TrainJob, load: Load, trainers: Trainers) -> TrainJob:
+    """Publish the rows for the workers, and note what they are."""
+    name = job.manifest["trained_on"]
+    table, left_out = load()
+    training_data.refuse_empty(table, left_out, name)
+    if left_out:
+        log.warning("%s: %d rows have no answer that fits, and are left out", name, left_out)
+    training_data.save_examples(job.examples_url, table)
+    steps = count_steps(len(table), job.config)
+    log.info("training on %s: %d rows, %d steps, %s", name, len(table), steps, trainers.describe())
+    tokens = int(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
+    facts = {"rows": len(table), "rows_left_out": left_out, "tokens": tokens}
+    return job.ready(facts, trainers.threads)
+
+
+def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
+    """Train on the cluster, each from its newest checkpoint on if there is one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    said = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    outcome: list[BaseException] = []
+    runner = threading.Thread(
+        target=_run, args=(jobs, trainers, said, outcome), daemon=True, name="cherry-train"
+    )
+    runner.start()
+    told: CherryError | None = None
+    while (message := said.get()) is not None:
+        if isinstance(message, str):
+            progress.phase(message)
+        elif isinstance(message, StepDone):
+            progress.step(message)
+        else:
+            told = message
+    said.shutdown()
+    for job in jobs:
+        if finished(job) is None:
+            cause = outcome[0] if outcome else None
+            raise told or TrainingError(
+                f"training of {job.url}: its workers were lost {_MOST_FAILURES + 1} times. The "
+                f"last cause: {describe_cause(cause)}. Look at the logs of the workers; most often "
+                "the model does not fit the memory. Run again to go on from the newest checkpoint."
+            ) from cause
+
+
+def _run(
+    jobs: list[TrainJob], trainers: Trainers, said: Queue, outcome: list[BaseException]
+) -> None:
+    """Run Ray Train to its end, and then say so."""
+    with tempfile.TemporaryDirectory(prefix="cherry-train-") as folder:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"jobs": jobs, "said": said},
+            scaling_config=ScalingConfig(
+                num_workers=trainers.workers,
+                use_gpu=trainers.use_gpu,
+                resources_per_worker=trainers.resources,
+            ),
+            run_config=RunConfig(
+                name="cherry",
+                storage_path=folder,  # of Ray's own notes; checkpoints go to the output
+                failure_config=FailureConfig(max_failures=_MOST_FAILURES),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as err:  # noqa: BLE001  # raised by the thread that waits
+            outcome.append(err)
+        finally:
+            said.put(None)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One process of some trainings."""
+    said: Queue = config["said"]
+    jobs: list[TrainJob] = config["jobs"]
+    first = ray.train.get_context().get_world_rank() == 0
+    device = get_device()
+    assert isinstance(device, torch.device)
+    if device.type == "cpu":
+        torch.set_num_threads(jobs[0].threads)
+    try:
+        for job in jobs:
+            if finished(job) is None:
+                _train_here(job, device, said if first else None)
+    except CherryError as err:
+        if first:
+            said.put(err)
+        if not isinstance(err, TrainingError | errors.ConfigError):
+            raise  # the storage may be well again; the others would find the same once more
+
+
+def _train_here(job: TrainJob, device: torch.device, said: Queue | None) -> None:
+    """Train, and publish what came out; only the first worker has something to say."""
+    if said:
+        said.put(f"training on {job.manifest['trained_on']}")
+    gauges = _Gauges() if said else None
+
+    def report(step: StepDone) -> None:
+        if said and gauges:
+            gauges.set(step)
+            said.put(step)
+
+    model = models.load(job.model, torch.float32, device)
+    if job.config.lora:
+        model = add_adapters(model, job.config.lora).get_base_model()
+    weights, history = train(
+        model,
+        Examples.load(job.examples_url),
+        job.config,
+        getattr(torch, job.dtype),
+        job.checkpoints_url,
+        report,
+        max_length=job.max_length,
+        held_out={name: Examples.load(url) for name, url in job.held_out.urls.items()},
+        points=job.held_out.points,
+    )
+    if said:
+        publish_model(job, weights, history)
+    wait_for_all()  # the manifest says to all of them that it is done
+
+
+def publish_model(
+    job: TrainJob, weights: dict[str, torch.Tensor], history: list[dict[str, Any]]
+) -> None:
+    """Write a model directory in the base model's own dtype, its manifest last."""
+    files = _publish_files(job, weights) if job.keep_model else []
+    manifest = {**job.manifest, "history": history, "files": files}
+    storage.publish(job.manifest_url, json.dumps(manifest, indent=1).encode())
+
+
+def _publish_files(job: TrainJob, weights: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    dtype = models.load_config(job.model).dtype or torch.float32
+    model = models.load(job.model, torch.float32, torch.device("cpu"))
+    if job.config.lora:
+        adapted = add_adapters(model, job.config.lora)
+        _load(adapted.get_base_model(), weights)
+        model = adapted.merge_and_unload()
+    else:
+        _load(model, weights)
+    with tempfile.TemporaryDirectory(prefix="cherry-model-") as folder:
+        try:
+            # One file of weights: two drivers at once could otherwise mix theirs.
+            model.to(dtype).save_pretrained(folder, max_shard_size="1TB")
+            models.copy_tokenizer(job.model, folder)
+        except (OSError, SafetensorError) as err:
+            raise StorageError(
+                f"{folder}: the trained model cannot be written: {err}. Free some space there, or "
+                "set TMPDIR, and run again: the training goes on from its newest checkpoint."
+            ) from err
+        files = []
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            storage.publish_file(
+                storage.join(job.url, name), functools.partial(shutil.copyfile, path)
+            )
+            files.append({"path": name, "bytes": os.path.getsize(path)})
+        return files
+
+
+def _load(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Trained weights into a model; what was frozen is not among them."""
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unknown, unknown
+
+
+class _Gauges:
+    """A training's state as metrics of Ray, on the node's Prometheus port."""
+
+    def __init__(self) -> None:
+        self._gauges = {
+            name: Gauge(f"cherry_train_{name}", description=text)
+            for name, text in {
+                "step": "Optimiser steps that are done.",
+                "loss": "Nats a token of the answers, of the last step.",
+                "tokens_per_s": "Tokens of all rows over all workers, of the last step.",
+                "seconds_left": "Steps left times the seconds of the last one.",
+            }.items()
+        }
+
+    def set(self, step: StepDone) -> None:
+        """Say what the last step was."""
+        values = {
+            "step": step.step,
+            "loss": step.loss,
+            "tokens_per_s": step.tokens / step.seconds,
+            "seconds_left": (step.num_steps - step.step) * step.seconds,
+        }
+        for name, value in values.items():
+            self._gauges[name].set(value)

@@ -1,0 +1,85 @@
+"""What a training reads, token by token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import CHATML, make_tokenizer
+
+from pipeline.errors import InputError
+from pipeline.rendering import Renderer
+from pipeline.samples import Message, Sample
+from pipeline.schemas import EXAMPLES
+from pipeline.training_data import Examples, _example, refuse_empty
+
+USER = Message("user", "one two")
+ANSWER = Message("assistant", "three four")
+
+
+def example(renderer: Renderer, *messages: Message) -> tuple[str, list[str]]:
+    """The whole text of an example, and its stretches with a loss."""
+    (rendered,) = renderer([Sample(messages)])
+    ids, targets = _example(rendered, renderer)
+    decode: Callable[[Any], str] = renderer.tokenizer.decode
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], targets.astype(int), [0]])))
+    stretches = [ids[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return decode(ids), [decode(stretch) for stretch in stretches]
+
+
+def test_a_text_template_ends_with_eos() -> None:
+    text, losses = example(Renderer(make_tokenizer(), "alpaca", 512, False), USER, ANSWER)
+    assert text.endswith("### Response:three four</s>")
+    assert losses == ["three four</s>"]
+
+
+def test_a_chat_ends_with_its_own_token() -> None:
+    renderer = Renderer(make_tokenizer(chat_template=CHATML), "chat", 512, False)
+    text, losses = example(renderer, USER, ANSWER, USER, Message("assistant", "five"))
+    assert text.endswith("five<|im_end|>")
+    assert losses == ["three four<|im_end|>", "five<|im_end|>"]
+
+
+def test_turns_of_a_text_template_end_with_eos() -> None:
+    renderer = Renderer(make_tokenizer(), "vicuna", 512, False)
+    text, losses = example(renderer, USER, ANSWER, USER, Message("assistant", "five"))
+    assert text.count("</s>") == 2
+    assert losses == [" three four</s>", " five</s>"] or losses == ["three four</s>", "five</s>"]
+
+
+def test_an_answer_that_is_cut_does_not_end() -> None:
+    whole = Renderer(make_tokenizer(), "plain", 512, False)
+    (rendered,) = whole([Sample((USER, Message("assistant", "three four five six seven")))])
+    limit = len(rendered.input_ids) - 2
+    renderer = Renderer(make_tokenizer(), "plain", limit, False)
+    text, losses = example(renderer, USER, Message("assistant", "three four five six seven"))
+    assert "</s>" not in text
+    assert len(losses) == 1
+
+
+def test_no_room_for_the_end_is_no_end() -> None:
+    whole = Renderer(make_tokenizer(), "plain", 512, False)
+    (rendered,) = whole([Sample((USER, ANSWER))])
+    renderer = Renderer(make_tokenizer(), "plain", len(rendered.input_ids), False)
+    assert example(renderer, USER, ANSWER)[1] == ["three four"]
+
+
+def test_examples_lie_end_to_end() -> None:
+    rows = [
+        {"sample_id": b"a" * 16, "input_ids": [1, 2, 3], "is_target": [False, False, True]},
+        {"sample_id": b"b" * 16, "input_ids": [4, 5], "is_target": [False, True]},
+    ]
+    table = pa.concat_tables([pa.Table.from_pylist([row], EXAMPLES) for row in rows])
+    examples = Examples.from_table(table)
+    assert len(examples) == 2
+    assert examples.ids.tolist() == [1, 2, 3, 4, 5]
+    assert examples.starts.tolist() == [0, 3, 5]
+    assert examples.lengths.tolist() == [3, 2]
+    assert examples.num_targets == 2
+    assert examples.sample_ids.tolist() == [b"a" * 16, b"b" * 16]
+
+
+def test_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(InputError, match="cherry subset: none of its 7 rows has an answer"):
+        refuse_empty(EXAMPLES.empty_table(), 7, "cherry subset")
