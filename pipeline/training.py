@@ -186,12 +186,12 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _train_here(job: TrainJob, device: torch.device, said: Queue | None) -> None:
     """Train, and publish what came out; only the first worker has something to say."""
-    if said:
+    if said is not None:  # an empty queue is false
         said.put(f"training on {job.manifest['trained_on']}")
-    gauges = _Gauges() if said else None
+    gauges = None if said is None else _Gauges()
 
     def report(step: StepDone) -> None:
-        if said and gauges:
+        if said is not None and gauges is not None:
             gauges.set(step)
             said.put(step)
 
@@ -209,7 +209,7 @@ def _train_here(job: TrainJob, device: torch.device, said: Queue | None) -> None
         held_out={name: Examples.load(url) for name, url in job.held_out.urls.items()},
         points=job.held_out.points,
     )
-    if said:
+    if said is not None:
         publish_model(job, weights, history)
     wait_for_all()  # the manifest says to all of them that it is done
 

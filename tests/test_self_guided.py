@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,11 @@ import pytest
 from conftest import tiny_model, write_parquet
 
 from pipeline import run, storage
+from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError, InputError, ModelError, StorageError, TrainingError
+from pipeline.job import check, plan
+from pipeline.training import finished, publish_model
+from pipeline.training_job import plan_training
 from pipeline.training_loop import StepDone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -171,14 +176,14 @@ def history(output: Path, trained_on: str) -> list[dict[str, Any]]:
 
 
 def test_a_killed_training_ends_with_the_same_curve(
-    config_for: ConfigFor, rows500: Path, tmp_path: Path, model_dir: Path
+    corpus: Path, tmp_path: Path, model_dir: Path
 ) -> None:
     """The driver and all it started die in the middle; the rerun goes on from a checkpoint."""
     config = {
-        "input": {"path": str(rows500)},
+        "input": {"path": str(corpus)},
         "model": {"path": str(model_dir), "dtype": "float32"},
-        "select": {"fraction": 0.5, "max_ifd": None},
-        "train": {**TRAIN, "epochs": 10, "batch_rows": 8, "dtype": "float32"},
+        "select": {"count": 40, "max_ifd": None},
+        "train": {**TRAIN, "epochs": 60, "batch_rows": 8, "dtype": "float32"},
         "cluster": {"threads_per_actor": 1},
     }
     path = tmp_path / "config.yaml"
@@ -197,7 +202,7 @@ def test_a_killed_training_ends_with_the_same_curve(
     resumed = _train([str(path), "--set", f"output={outputs['killed']}"])
     assert resumed.wait(200) == 0
     curves = [history(output, "the cherry subset") for output in outputs.values()]
-    assert len(curves[0]) == 320
+    assert len(curves[0]) == 300
     assert curves[0] == curves[1]
     assert not list(outputs["killed"].glob("training/*/checkpoints/*"))
 
@@ -272,7 +277,15 @@ def test_a_loss_that_is_not_finite_is_said(
 def test_a_model_that_finds_no_room_is_no_model(
     ray_local: None, config_for: ConfigFor, corpus: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/models").write_text("in the way")
-    with pytest.raises(StorageError, match=r"out/models/\w+/\S+: cannot be written"):
-        run.run(config_for(corpus, train=TRAIN, select={"count": 3, "max_ifd": None}))
+    job = plan(check(config_for(corpus), selecting=False))
+    planned = plan_training(job, "rows", "digest", TrainConfig())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(StorageError, match="the trained model cannot be written: .* Free some"):
+            publish_model(planned, {}, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out/models").exists()
+    publish_model(planned, {}, [])
+    assert finished(planned) is not None
