@@ -67,7 +67,7 @@ def compare(
         InputError: An arm or a held-out set has no rows.
     """
     whole, _ = training_data.tokenise_corpus(job.corpus, job.settings, job.config.input.max_rows)
-    subset = open_subset(job.config, selected.url, selected.manifest, cherry_layout(job.config))
+    subset = open_subset(job.config, selected, cherry_layout(job.config))
     cherry, left_out = training_data.tokenise_corpus(subset, job.settings)
     sets = _held_out_sets(job, config, whole)
     held_out = pa.concat_arrays([t["sample_id"].combine_chunks() for t in sets.values()])

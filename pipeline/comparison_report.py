@@ -15,9 +15,9 @@ def show(comparison: Comparison, console: Console) -> None:
     """Print a comparison."""
     report = comparison.report
     for name, before in report["before"].items():
-        console.print(_table(report, name, before), "")
-    lines = [line for name in report["before"] for line in _verdicts(report, name)]
-    lines += ["", f"report   {comparison.url}/report.json", f"curves   {comparison.url}/curves.png"]
+        verdicts = (Text(line) for line in _verdicts(report, name))
+        console.print(_table(report, name, before), Group("", *verdicts), "", sep="\n")
+    lines = [f"report   {comparison.url}/report.json", f"curves   {comparison.url}/curves.png"]
     console.print(Group(*(Text(visible(line)) for line in lines)), soft_wrap=True)
 
 
@@ -50,17 +50,16 @@ def _verdicts(report: dict[str, Any], name: str) -> list[str]:
         return []
     cherry = losses.pop("cherry")
     return [
-        f"{name}: cherry is {_verdict(cherry, control)} {arm.replace('_', ' ')}"
+        f"cherry against {arm.replace('_', ' ')}: {_verdict(cherry, control)}"
         for arm, control in losses.items()
     ]
 
 
 def _verdict(cherry: Any, control: Any) -> str:
     difference = float(cherry.mean() - control.mean())
-    # Two standard errors of a difference of means; with one seed nothing is known of chance.
-    if len(cherry) > 1:
-        error = float(np.sqrt((cherry.var(ddof=1) + control.var(ddof=1)) / len(cherry)))
-        if abs(difference) <= 2 * error:
-            return f"no different (by {difference:+.4f}, chance explains {2 * error:.4f}) from"
-    said = "better" if difference < 0 else "worse"
-    return f"{said}, its loss {abs(difference):.4f} {'lower' if difference < 0 else 'higher'} than"
+    said = f"{'better' if difference < 0 else 'worse'} by {abs(difference):.4f}"
+    if len(cherry) == 1:
+        return f"{said}, of one seed"
+    # Two standard errors of a difference of means.
+    chance = 2 * float(np.sqrt((cherry.var(ddof=1) + control.var(ddof=1)) / len(cherry)))
+    return said if abs(difference) > chance else f"{said}, which chance explains ({chance:.4f})"

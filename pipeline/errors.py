@@ -5,6 +5,7 @@
     CherryError                exit 1
     ├── ConfigError            exit 2   the config is wrong; nothing was started
     ├── InputError             exit 2   the corpus cannot be read as asked
+    │   └── NotTrainedError    exit 2   the model of brief experience is not there yet
     ├── ModelError             exit 2   the model or its tokenizer cannot be used
     ├── ShardError             exit 1   a shard turned out to be unreadable while running
     ├── ScoringError           exit 1   scoring cannot go on: its processes die, whatever the rows
@@ -40,6 +41,10 @@ class InputError(CherryError):
     """The input does not exist, may not be read, or is not what the config says it is."""
 
     exit_code = EXIT_REFUSED
+
+
+class NotTrainedError(InputError):
+    """Only `cherry run`, `score` and `compare` train the model of brief experience."""
 
 
 class ModelError(CherryError):

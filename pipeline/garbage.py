@@ -5,6 +5,7 @@ where the listing looks wrong: no input, units still to score, or more than half
 """
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -52,19 +53,22 @@ class Garbage:
         }
 
 
-def find(job: Job, *, all_scores: bool = False) -> Garbage:
+def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     """List what could go, by what the current input does not name.
 
     Args:
-        job: The current input under its settings.
-        all_scores: Also under every other score fingerprint of the output: all of those parts.
+        jobs: The current input under its settings: its scores, and the embeddings of its prompts
+            where it has brief experience.
+        all_scores: Also under every other fingerprint of the output: all of those parts.
     """
-    output = storage.absolute(job.config.output)
-    scores = storage.join(output, "scores") if all_scores else job.plan.scores_url
-    listed = storage.list_objects(scores) if storage.exists(scores) else []
+    output = storage.absolute(jobs[0].config.output)
+    folders = [job.plan.scores_url for job in jobs]
+    if all_scores:
+        folders = [storage.join(output, name) for name in ("scores", "embeddings")]
+    listed = [e for f in folders if storage.exists(f) for e in storage.list_objects(f)]
     parts = [entry for entry in listed if entry.url.endswith(".parquet")]
     # By their last two names: s3a:// and s3:// are one bucket.
-    named = {_name_of(job.plan.part_url(unit)) for unit in job.plan.units}
+    named = {_name_of(job.plan.part_url(unit)) for job in jobs for unit in job.plan.units}
     strays = [part for part in parts if _name_of(part.url) not in named]
     before = time.time() - KEEP_S
     old = [part for part in strays if part.modified < before]
@@ -74,7 +78,7 @@ def find(job: Job, *, all_scores: bool = False) -> Garbage:
         num_parts=len(parts),
         num_spared=len(strays) - len(old),
         num_pending=len(named - {_name_of(part.url) for part in parts}),
-        skipped=job.corpus.skipped,
+        skipped=jobs[0].corpus.skipped,
     )
 
 

@@ -8,20 +8,22 @@
 Source: arXiv:2308.12032, section 3.
 """
 
+import functools
 import hashlib
-from typing import Any
+
+import pyarrow as pa
 
 from pipeline import accounting, pending, storage, training, training_data
-from pipeline.config import Config, InputConfig
+from pipeline.config import Config, InputConfig, ModelConfig
 from pipeline.config_training import ExperienceConfig, TrainConfig
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NotTrainedError
 from pipeline.experience import Experience, select_experience
 from pipeline.inputs import Corpus, open_sources
 from pipeline.job import Checked, Job, plan, with_model
 from pipeline.pending import Progress, Silence
 from pipeline.selection import Selection
 from pipeline.training import Trained
-from pipeline.training_job import plan_training
+from pipeline.training_job import TrainJob, plan_training
 
 
 def experience(checked: Checked, settings: ExperienceConfig, progress: Progress) -> Experience:
@@ -33,35 +35,37 @@ def experience(checked: Checked, settings: ExperienceConfig, progress: Progress)
     return select_experience(finished, job.corpus, job.config.output, settings, audited)
 
 
-def experienced(checked: Checked, progress: Progress | None) -> Checked:
-    """A config with the model that scores: the briefly trained one, if it says `experience`.
+def experienced(checked: Checked, progress: Progress) -> Checked:
+    """A config with the model that scores: if it says `experience`, the briefly trained one."""
+    config = checked.config
+    if config.experience is None:
+        return checked
+    subset = experience(checked, config.experience, progress)
+    training_job = _brief_training(checked, subset, config.experience)
+    load = functools.partial(_tokens, plan(checked), subset, config.input)
+    trained = training.train_all([(training_job, load)], config.cluster, progress)[0]
+    return with_model(checked, _model_at(trained.url, config))
 
-    Args:
-        checked: With the base model.
-        progress: None if nothing may be embedded or trained for it.
+
+def experienced_before(checked: Checked) -> Checked:
+    """The same where nothing may be embedded or trained for it.
 
     Raises:
-        InputError: The model is not trained yet, and may not be.
+        NotTrainedError: The model is not there.
     """
     config = checked.config
     if config.experience is None:
         return checked
-    if progress is None:
-        embedding = plan(checked, measure="prompt").plan
-        if embedding.pending(embedding.parts()):
-            raise _not_there(config)
-    subset = experience(checked, config.experience, progress or Silence())
-    trained = _train(
-        plan(checked),
-        subset.url,
-        subset.manifest,
-        "the experience subset",
-        config.experience.train,
-        progress,
-        config.input,
+    embedding = plan(checked, measure="prompt").plan
+    if not embedding.pending(embedding.parts()):
+        subset = experience(checked, config.experience, Silence())
+        trained = training.finished(_brief_training(checked, subset, config.experience))
+        if trained is not None:
+            return with_model(checked, _model_at(trained.url, config))
+    raise NotTrainedError(
+        f"experience: the model of brief experience is not trained yet under {config.output}. "
+        "Run: cherry run CONFIG."
     )
-    model = config.model.model_copy(update={"path": trained.url, "revision": None})
-    return with_model(checked, model)
 
 
 def retrain(job: Job, selected: Selection, config: TrainConfig, progress: Progress) -> Trained:
@@ -78,9 +82,9 @@ def retrain(job: Job, selected: Selection, config: TrainConfig, progress: Progre
             f"{selected.url}: the cherry subset has no rows, expected at least one to train on. "
             "See rejected_rows in its manifest."
         )
-    layout = cherry_layout(job.config)
-    name = "the cherry subset"
-    return _train(job, selected.url, selected.manifest, name, config, progress, layout)
+    training_job = plan_training(job, "the cherry subset", _contents(selected), config)
+    load = functools.partial(_tokens, job, selected, cherry_layout(job.config))
+    return training.train_all([(training_job, load)], job.config.cluster, progress)[0]
 
 
 def cherry_layout(config: Config) -> InputConfig:
@@ -89,39 +93,28 @@ def cherry_layout(config: Config) -> InputConfig:
     return config.input if own_columns else InputConfig(path="-")
 
 
-def open_subset(config: Config, url: str, manifest: dict[str, Any], layout: InputConfig) -> Corpus:
+def open_subset(config: Config, subset: Selection | Experience, layout: InputConfig) -> Corpus:
     """A subset that was written here, to be read again as the input is."""
-    urls = [storage.join(url, part["path"]) for part in manifest["parts"]]
+    urls = [storage.join(subset.url, part["path"]) for part in subset.manifest["parts"]]
     sources = [entry for part in urls for entry in storage.list_objects(part)]
-    return open_sources(sources, layout, config.output)
+    return open_sources(sources, layout.model_copy(update={"on_bad_shard": "fail"}), config.output)
 
 
-def _train(
-    job: Job,
-    url: str,
-    manifest: dict[str, Any],
-    name: str,
-    config: TrainConfig,
-    progress: Progress | None,
-    layout: InputConfig,
-) -> Trained:
-    """Train the job's model on a subset, unless that is done; if nobody may, it must be done."""
-    contents = "".join(part["sha256"] for part in manifest["parts"])
-    training_job = plan_training(job, name, hashlib.sha256(contents.encode()).hexdigest(), config)
-    if progress is None:
-        if (trained := training.finished(training_job)) is None:
-            raise _not_there(job.config)
-        return trained
-
-    def load() -> tuple[Any, int]:
-        rows = open_subset(job.config, url, manifest, layout)
-        return training_data.tokenise_corpus(rows, job.settings)
-
-    return training.train_all([(training_job, load)], job.config.cluster, progress)[0]
+def _brief_training(checked: Checked, subset: Experience, config: ExperienceConfig) -> TrainJob:
+    name = "the experience subset"
+    return plan_training(plan(checked), name, _contents(subset), config.train)
 
 
-def _not_there(config: Config) -> InputError:
-    return InputError(
-        f"experience: the model of brief experience is not trained yet under {config.output}. "
-        "Run: cherry run CONFIG."
-    )
+def _contents(subset: Selection | Experience) -> str:
+    """Hash over the parts of a subset."""
+    hashes = "".join(part["sha256"] for part in subset.manifest["parts"])
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def _tokens(job: Job, subset: Selection | Experience, layout: InputConfig) -> tuple[pa.Table, int]:
+    rows = open_subset(job.config, subset, layout)
+    return training_data.tokenise_corpus(rows, job.settings)
+
+
+def _model_at(url: str, config: Config) -> ModelConfig:
+    return config.model.model_copy(update={"path": url, "revision": None})

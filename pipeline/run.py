@@ -8,6 +8,7 @@
 The steps in the outer brackets are of configs with `experience` and `train`.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from pipeline.budgets import SelectSettings
 from pipeline.comparison import Comparison
 from pipeline.config import Config
 from pipeline.config_training import TrainConfig
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, NotTrainedError
 from pipeline.estimate import Estimate
 from pipeline.experience import Experience
 from pipeline.garbage import Garbage
@@ -29,6 +30,8 @@ from pipeline.summary import Summary, summarise, warn_over_one
 from pipeline.survey import Survey
 from pipeline.training import Trained
 from pipeline.units import Plan
+
+log = logging.getLogger("cherry")
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def select(config: Config) -> Result:
     begun = time.monotonic()
     checked = check(config, selecting=True)
     with cluster.connected():
-        job = plan(phases.experienced(checked, None))
+        job = plan(phases.experienced_before(checked))
         if missing := job.plan.pending(job.plan.parts()):
             raise InputError(
                 f"{job.plan.scores_url}: {len(missing)} of {len(job.plan.units)} units are not "
@@ -150,6 +153,10 @@ def estimate(config: Config, num_scored: int) -> Estimate:
     """Say what a run would score and how long that takes; `num_scored` rows are scored to know."""
     checked = check(config, selecting=False)
     with cluster.connected():
+        try:
+            checked = phases.experienced_before(checked)
+        except NotTrainedError:
+            log.info("the estimate is of scoring: brief experience is yet to come, and not in it")
         found = estimates.estimate(plan(checked), num_scored)
     warn_over_one(found.over_one_fraction or 0.0)
     return found
@@ -159,7 +166,10 @@ def gc(config: Config, all_scores: bool, delete: bool, force: bool) -> Garbage:
     """Find what no current input names, and delete it if asked."""
     checked = check(config, selecting=False)
     with cluster.connected():
-        found = garbage.find(plan(phases.experienced(checked, None)), all_scores=all_scores)
+        jobs = [plan(phases.experienced_before(checked))]
+        if config.experience is not None:
+            jobs.append(plan(checked, measure="prompt"))
+        found = garbage.find(jobs, all_scores=all_scores)
     if delete:
         garbage.delete(found, force=force)
     return found

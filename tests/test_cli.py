@@ -412,6 +412,9 @@ def test_the_commands_and_their_options_are_pinned() -> None:
         "run": scoring,
         "score": scoring,
         "select": common,
+        "experience": common,
+        "train": common,
+        "compare": common,
         "gc": gc,
         "plan": [*common, "--score"],
     }
@@ -420,12 +423,21 @@ def test_the_commands_and_their_options_are_pinned() -> None:
 def test_every_command_is_described() -> None:
     said = cherry("--help")
     assert said.exit_code == 0
-    for name in ("run", "score", "select", "plan", "gc"):
+    for name in ("run", "score", "select", "experience", "train", "compare", "plan", "gc"):
         assert f"\n  {name} " in said.stdout
         help_text = cherry(name, "--help").stdout
         assert_says(
             help_text, f"cherry {name} [OPTIONS]", "CONFIG", "--set", "repeatable", "--json"
         )
+
+
+@pytest.mark.parametrize("name", ["experience", "train", "compare"])
+def test_a_phase_without_its_section_is_refused(tmp_path: Path, name: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("input: {path: in}\noutput: out\nmodel: {path: m}\n")
+    done = cherry(name, str(config))
+    assert done.exit_code == 2
+    assert_says(done.stderr, f"key '{name}': it is missing.", f"`{name}: {{}}` takes the defaults")
 
 
 def test_version() -> None:

@@ -157,7 +157,7 @@ def test_a_shard_that_cannot_be_read_keeps_its_parts(config: Any, corpus: Path) 
 
 def test_parts_are_known_by_any_spelling_of_their_url(config: Any) -> None:
     job = plan(check(config, selecting=False))
-    assert len(garbage.find(job).parts) == 0  # all are young
+    assert len(garbage.find([job]).parts) == 0  # all are young
     age(config)
     spelled = replace(job.plan, scores_url=f"file://{job.plan.scores_url}")
-    assert len(garbage.find(replace(job, plan=spelled)).parts) == 1
+    assert len(garbage.find([replace(job, plan=spelled)]).parts) == 1

@@ -282,7 +282,7 @@ def test_a_model_that_finds_no_room_is_no_model(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(StorageError, match="the trained model cannot be written: .* Free some"):
+        with pytest.raises(StorageError, match=r"the trained model cannot be written: .* Free"):
             publish_model(planned, {}, [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

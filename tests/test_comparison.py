@@ -1,0 +1,100 @@
+"""Arms, held-out sets and verdicts, by hand."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from pipeline import comparison_report
+from pipeline.comparison import Comparison, _distinct, _draw, _tokens, _without
+from pipeline.curves import draw_curves
+from pipeline.schemas import EXAMPLES
+
+
+def examples(*lengths: int, first_id: int = 0) -> pa.Table:
+    rows = [
+        {
+            "sample_id": (first_id + i).to_bytes(16, "big"),
+            "input_ids": list(range(length)),
+            "is_target": [False] + [True] * (length - 1),
+        }
+        for i, length in enumerate(lengths)
+    ]
+    return pa.Table.from_pylist(rows, EXAMPLES)
+
+
+def ids(table: pa.Table) -> list[int]:
+    return [int.from_bytes(i, "big") for i in table["sample_id"].to_pylist()]
+
+
+def test_arms_have_the_rows_or_the_tokens_of_the_subset() -> None:
+    lengths = np.random.default_rng(0).integers(2, 60, 400).tolist()
+    whole = examples(*lengths)
+    cherry = whole.take(pa.array(np.argsort(lengths)[-40:]))  # the longest
+    assert _draw("cherry", 1, cherry, whole) == cherry
+    assert _draw("all", 1, cherry, whole) == whole
+    rows = [_draw("random_rows", seed, cherry, whole) for seed in (1, 1, 2)]
+    assert [len(t) for t in rows] == [40, 40, 40]
+    assert ids(rows[0]) == ids(rows[1]) != ids(rows[2])
+    tokens = _draw("random_tokens", 1, cherry, whole)
+    assert abs(_tokens(tokens).sum() - _tokens(cherry).sum()) <= 30
+    assert len(tokens) > 60
+    assert set(ids(rows[0])) < set(ids(tokens))  # the same order, further down
+
+
+def test_what_is_held_out_is_nowhere_else() -> None:
+    table = pa.concat_tables([examples(3, 4, 5), examples(3, 4)])
+    assert ids(_distinct(table)) == [0, 1, 2]
+    assert ids(_without(table, pa.array([(1).to_bytes(16, "big")], pa.binary(16)))) == [0, 2, 0]
+
+
+def report(cherry: list[float], random: list[float], name: str = "input") -> dict[str, Any]:
+    seeds = list(range(len(cherry)))
+    return {
+        "seeds": seeds,
+        "before": {name: {"loss": 2.0, "exact_match": 0.0}},
+        "arms": [
+            {
+                "arm": arm,
+                "rows": [10] * len(seeds),
+                "tokens": [100] * len(seeds),
+                "steps": [4] * len(seeds),
+                "loss": {name: losses},
+                "exact_match": {name: [0.5] * len(seeds)},
+                "curves": {name: [[(0, 2.0), (4, loss)] for loss in losses]},
+            }
+            for arm, losses in (("cherry", cherry), ("random_rows", random))
+        ],
+    }
+
+
+def said(found: dict[str, Any]) -> str:
+    console = Console(width=80, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        comparison_report.show(Comparison("out/comparison/fp", found), console)
+    return capture.get()
+
+
+@pytest.mark.parametrize(
+    ("cherry", "random", "verdict"),
+    [
+        ([1.0, 1.01, 0.99], [1.2, 1.21, 1.19], "better by 0.2000\n"),
+        ([1.2, 1.21, 1.19], [1.0, 1.01, 0.99], "worse by 0.2000\n"),
+        ([1.0, 1.1, 0.9], [1.01, 1.11, 0.91], "better by 0.0100, which chance explains (0.1633)\n"),
+        ([1.0], [1.2], "better by 0.2000, of one seed\n"),
+    ],
+)
+def test_a_result_is_said_as_it_is(cherry: list[float], random: list[float], verdict: str) -> None:
+    text = said(report(cherry, random))
+    assert f"cherry against random rows: {verdict}" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_curves_are_the_same_bytes_each_time_whatever_the_names() -> None:
+    found = report([1.0, 1.1], [1.2, 1.3], name="a $ b_$ [/b] \x1b[31m")
+    for form in ("svg", "png"):
+        assert draw_curves(found, form) == draw_curves(found, form)
+    assert "[/b]" in said(found)
+    assert "\x1b" not in said(found)
