@@ -32,7 +32,7 @@ from pipeline.errors import InputError
 from pipeline.inputs import open_corpus
 from pipeline.job import Job
 from pipeline.pending import Progress
-from pipeline.phases import cherry_layout, open_subset
+from pipeline.phases import open_subset
 from pipeline.selection import Selection
 from pipeline.training import Trained
 from pipeline.training_job import HeldOut, plan_training
@@ -67,7 +67,7 @@ def compare(
         InputError: An arm or a held-out set has no rows.
     """
     whole, _ = training_data.tokenise_corpus(job.corpus, job.settings, job.config.input.max_rows)
-    subset = open_subset(job.config, selected, cherry_layout(job.config))
+    subset = open_subset(job.config, selected, job.config.input)
     cherry, left_out = training_data.tokenise_corpus(subset, job.settings)
     sets = _held_out_sets(job, config, whole)
     held_out = pa.concat_arrays([t["sample_id"].combine_chunks() for t in sets.values()])

@@ -276,6 +276,15 @@ class Config(Section):
     """The machines."""
 
     @model_validator(mode="after")
+    def _subset_reads_as_the_input(self) -> "Config":
+        if (self.train or self.compare) and self.select.format not in ("parquet", "jsonl"):
+            raise ValueError(
+                f"train and compare read the cherry subset as the input is read, and select.format "
+                f"{self.select.format} has other columns: set parquet or jsonl"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_secrets_in_urls(self) -> "Config":
         held_out = [each.path for each in self.compare.evaluate] if self.compare else []
         for url in [*self.input.paths, self.output, self.model.path, *held_out]:

@@ -228,7 +228,7 @@ class Engine:
         ids_T = torch.from_numpy(np.concatenate([s.input_ids for s in sequences])).long()
         position_S = torch.cat(positions)
         lengths = [len(s.input_ids) for s in sequences]
-        hidden_TM, nll_S = self._forward(lengths, ids_T, position_S)
+        hidden_TM, nll_S = self._forward(lengths, ids_T, position_S, hidden)
         # float64 sums, in token order: a span's sum does not depend on its neighbours.
         sums = torch.zeros(num_spans, dtype=torch.float64)
         sums.index_add_(0, torch.cat(owners), nll_S.to("cpu", torch.float64))
@@ -243,19 +243,28 @@ class Engine:
 
     # T=tokens of the pack, S=scored tokens, M=hidden size, V=vocabulary
     def _forward(
-        self, lengths: list[int], ids_T: Tensor, position_S: Tensor
+        self, lengths: list[int], ids_T: Tensor, position_S: Tensor, hidden: bool
     ) -> tuple[Tensor, Tensor]:
-        """Last hidden states, and the loss of the tokens at `position_S`, in nats, float32."""
+        """Last hidden states, and the loss of the tokens at `position_S`, in nats, float32.
+
+        In padded batches an empty tensor stands for the states unless `hidden` asks for them: to
+        give them, transformers keeps those of every layer.
+        """
         targets_S = ids_T[position_S].to(self.device)
         if self.mode == "padded":
-            return self._forward_padded(lengths, ids_T, position_S, targets_S)
+            return self._forward_padded(lengths, ids_T, position_S, targets_S, hidden)
         hidden_TM = hidden_packed(self.model, lengths, ids_T)
         # The causal shift happens here only: the state at t - 1 predicts token t.
         hidden_SM = hidden_TM[position_S.to(self.device) - 1]
         return hidden_TM, self._projection.nll(hidden_SM, targets_S)
 
     def _forward_padded(
-        self, lengths: list[int], ids_T: Tensor, position_S: Tensor, targets_S: Tensor
+        self,
+        lengths: list[int],
+        ids_T: Tensor,
+        position_S: Tensor,
+        targets_S: Tensor,
+        hidden: bool,
     ) -> tuple[Tensor, Tensor]:
         """The slow, sure way: right-padded, the model's own eager attention and its own logits."""
         rows = torch.split(ids_T, lengths)
@@ -266,12 +275,11 @@ class Engine:
                 input_ids=ids_BL.to(self.device),
                 attention_mask=mask_BL.long().to(self.device),
                 use_cache=False,
-                output_hidden_states=True,
+                output_hidden_states=hidden,
             )
-        hidden_TM, logits_TV = (
-            x[mask_BL.to(self.device)] for x in (output.hidden_states[-1], output.logits)
-        )
-        logits_SV = logits_TV[position_S.to(self.device) - 1].float()
+        mask_BL = mask_BL.to(self.device)
+        hidden_TM = output.hidden_states[-1][mask_BL] if hidden else torch.empty(0)
+        logits_SV = output.logits[mask_BL][position_S.to(self.device) - 1].float()
         return hidden_TM, F.cross_entropy(logits_SV, targets_S, reduction="none")
 
     @torch.inference_mode()

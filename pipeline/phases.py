@@ -83,14 +83,8 @@ def retrain(job: Job, selected: Selection, config: TrainConfig, progress: Progre
             "See rejected_rows in its manifest."
         )
     training_job = plan_training(job, "the cherry subset", _contents(selected), config)
-    load = functools.partial(_tokens, job, selected, cherry_layout(job.config))
+    load = functools.partial(_tokens, job, selected, job.config.input)
     return training.train_all([(training_job, load)], job.config.cluster, progress)[0]
-
-
-def cherry_layout(config: Config) -> InputConfig:
-    """How the cherry subset reads: as the input does, or as what trainers read."""
-    own_columns = config.select.format in ("parquet", "jsonl")
-    return config.input if own_columns else InputConfig(path="-")
 
 
 def open_subset(config: Config, subset: Selection | Experience, layout: InputConfig) -> Corpus:

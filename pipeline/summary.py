@@ -38,7 +38,6 @@ class Summary:
     skipped_shards: list[str] = field(default_factory=list)
     model: str | None = None
     """That scored: with brief experience, the trained one."""
-    experience_path: str | None = None
     trained_path: str | None = None
     """The model that was trained on the cherry subset."""
 

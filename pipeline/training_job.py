@@ -19,6 +19,8 @@ from pipeline import cluster, engine, models, storage
 from pipeline.config_training import TrainConfig
 from pipeline.job import Job
 from pipeline.models import ModelRef
+from pipeline.rendering import RENDERING_VERSION
+from pipeline.samples import CANONICALISER_VERSION
 from pipeline.tokenising import renderer
 from pipeline.units import fingerprint
 
@@ -27,6 +29,15 @@ TRAINING_VERSION = 1
 # Where a training runs, how much of it is held at once and how often it is saved: the loss of a
 # step is the same but for rounding.
 _NO_PART_OF_A_MODEL = {"workers", "gpus_per_replica", "max_batch_tokens", "checkpoint_steps"}
+
+_SHAPE_TOKENS = (
+    "rows_sha256",
+    "tokenizer",
+    "template",
+    "max_length",
+    "rendering_version",
+    "canonicaliser_version",
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,7 @@ class TrainJob:
     @property
     def examples_url(self) -> str:
         """Tokens of all rows, for all trainings on them."""
-        names = ("rows_sha256", "tokenizer", "template", "max_length")
-        rows_fp = fingerprint({name: self.manifest[name] for name in names})
+        rows_fp = fingerprint({name: self.manifest[name] for name in _SHAPE_TOKENS})
         return storage.join(self.output, "training", "rows", f"{rows_fp}.parquet")
 
     @property
@@ -116,6 +126,8 @@ def plan_training(
         "template": rendering.template_text,
         "max_length": settings.max_length,
         "rows_sha256": rows_sha256,
+        "rendering_version": RENDERING_VERSION,
+        "canonicaliser_version": CANONICALISER_VERSION,
         "settings": config.model_dump(mode="json", exclude=_NO_PART_OF_A_MODEL) | {"dtype": dtype},
         "training_version": TRAINING_VERSION,
     }

@@ -305,6 +305,12 @@ def test_the_reference_config_holds_every_key_with_its_default() -> None:
     }
 
 
+def test_a_subset_of_another_form_is_not_trained_on() -> None:
+    for section in ("train", "compare"):
+        said = refusal(select={"format": "messages_jsonl"}, **{section: {}})
+        assert "select.format messages_jsonl has other columns: set parquet or jsonl" in said
+
+
 def test_the_self_guided_config_holds_every_key_with_its_default() -> None:
     written = yaml.safe_load((REPOSITORY / "configs/self_guided.yaml").read_text())
     for name in ("experience", "train", "compare"):

@@ -258,7 +258,7 @@ def test_bad_input_is_refused_before_anything_is_trained(
 
 def test_a_subset_of_one_row_trains(ray_local: None, config_for: ConfigFor, corpus: Path) -> None:
     config = config_for(
-        corpus, train={**TRAIN, "epochs": 2}, select={"count": 1, "format": "alpaca_jsonl"}
+        corpus, train={**TRAIN, "epochs": 2}, select={"count": 1, "format": "jsonl"}
     )
     trained = run.run(config).trained
     assert trained is not None
