@@ -31,8 +31,10 @@ def draw_curves(report: dict[str, Any], form: str) -> bytes:
     figure = Figure(figsize=(width * len(names), height), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
         for arm in report["arms"]:
-            curves = np.array(arm["curves"][name])  # (seeds, points, 2)
-            steps, losses = curves[0, :, 0], curves[:, :, 1]
+            # Seeds may have other rows, and so other steps: all of them at the steps of the first.
+            curves = [np.array(curve) for curve in arm["curves"][name]]
+            steps = curves[0][:, 0]
+            losses = np.stack([_resampled(curve, len(steps), steps) for curve in curves])
             colour = _COLOURS[arm["arm"]]
             label = f"{arm['arm'].replace('_', ' ')} ({round(np.mean(arm['rows'])):,} rows)"
             axes.plot(steps, losses.mean(0), color=colour, label=label)
@@ -48,3 +50,10 @@ def draw_curves(report: dict[str, Any], form: str) -> bytes:
     with rc_context({"svg.hashsalt": "cherry"}):
         figure.savefig(sink, format=form, dpi=150, metadata={"Date": None} if form == "svg" else {})
     return sink.getvalue()
+
+
+def _resampled(curve: Any, num_points: int, steps: Any) -> Any:
+    """Losses of a curve at the same shares of its steps as `steps` are of theirs."""
+    if len(curve) == num_points and (curve[:, 0] == steps).all():
+        return curve[:, 1]
+    return np.interp(steps / steps[-1], curve[:, 0] / curve[-1, 0], curve[:, 1])

@@ -108,7 +108,13 @@ def evaluate(
         whose answer is the most likely one token by token. That is what greedy decoding would give,
         so no text has to be generated to know.
     """
-    return {name: _evaluate(wrapped, rows, max_tokens, dtype) for name, rows in held_out.items()}
+    dropping = [module for module in wrapped.modules() if module.training]  # adapters' dropout
+    for module in dropping:
+        module.training = False
+    found = {name: _evaluate(wrapped, rows, max_tokens, dtype) for name, rows in held_out.items()}
+    for module in dropping:
+        module.training = True
+    return found
 
 
 def _evaluate(

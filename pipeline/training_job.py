@@ -35,6 +35,7 @@ _SHAPE_TOKENS = (
     "tokenizer",
     "template",
     "max_length",
+    "eos_token_id",
     "rendering_version",
     "canonicaliser_version",
 )
@@ -126,6 +127,7 @@ def plan_training(
         "template": rendering.template_text,
         "max_length": settings.max_length,
         "rows_sha256": rows_sha256,
+        "eos_token_id": rendering.tokenizer.eos_token_id,  # may end an answer
         "rendering_version": RENDERING_VERSION,
         "canonicaliser_version": CANONICALISER_VERSION,
         "settings": config.model_dump(mode="json", exclude=_NO_PART_OF_A_MODEL) | {"dtype": dtype},

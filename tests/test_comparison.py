@@ -98,3 +98,9 @@ def test_curves_are_the_same_bytes_each_time_whatever_the_names() -> None:
         assert draw_curves(found, form) == draw_curves(found, form)
     assert "[/b]" in said(found)
     assert "\x1b" not in said(found)
+
+
+def test_seeds_with_other_steps_are_drawn_together() -> None:
+    found = report([1.0, 1.1], [1.2, 1.3])
+    found["arms"][1]["curves"]["input"] = [[(0, 2.0), (4, 1.2)], [(0, 2.0), (3, 1.5), (6, 1.3)]]
+    assert draw_curves(found, "svg")

@@ -233,3 +233,20 @@ def test_workers_do_as_one_does(tmp_path: Path, world: int, per_replica: int) ->
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=2e-4)
+
+
+def test_held_out_rows_are_judged_without_dropout() -> None:
+    losses = []
+    for dropout in (0.0, 0.5):
+        model = add_adapters(tiny_model("Llama"), LoraConfig(dropout=dropout)).get_base_model()
+        with torch.no_grad():  # a new adapter adds nothing, whatever is dropped
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        history = train(
+            model, make_examples(), CONFIG, torch.float32, None, lambda _: None, max_length=256,
+            held_out={"set": make_examples(6, seed=1)},
+        )[1]  # fmt: skip
+        losses.append(history[0]["held_out"]["set"]["loss"])
+        assert history[-1]["held_out"]["set"]["loss"] > 0
+    assert losses[0] == losses[1]
