@@ -10,14 +10,10 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
     """Put low-rank adapters into a model, so that nothing else is trained; what merges them.
 
     Raises:
-        ConfigError: peft is not installed, or knows no such modules.
+        ConfigError: The model has no such modules.
     """
-    try:
-        import peft
-    except ImportError:
-        raise ConfigError(
-            "train.lora: it needs an extra: pip install 'cherry-pipeline[lora]'"
-        ) from None
+    import peft  # of an extra
+
     try:
         return peft.get_peft_model(
             model,

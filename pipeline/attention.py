@@ -56,12 +56,6 @@ class UnsupportedAttentionError(ValueError):
     """A layer asks for something that packed attention does not do."""
 
 
-def register() -> None:
-    """Make `attn_implementation="cherry_packed"` known to transformers. Harmless to repeat."""
-    AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, _no_mask)
-
-
 # H=heads, K=key/value heads, T=tokens of the pack, D=head dimension
 def packed_attention(
     module: torch.nn.Module,
@@ -285,3 +279,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     """Boundaries travel as `cu_seq_lens_q`; a mask of the whole pack is never built."""
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, _no_mask)

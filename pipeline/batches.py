@@ -65,7 +65,7 @@ def deal_packs(lengths: Sequence[int], workers: int, max_tokens: int) -> list[li
         tokens = [sum(lengths[i] for i in pack) for pack in packs]
         if all(t <= max_tokens or len(p) == 1 for t, p in zip(tokens, packs, strict=True)):
             return [packs[worker::workers] for worker in range(workers)]
-        each += 1
+        each += max(1, each // 16)
 
 
 def _spread(lengths: Sequence[int], num_packs: int) -> list[list[int]]:

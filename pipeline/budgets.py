@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import Format, Order, Ratio, SelectConfig
+from pipeline.config_select import Format, Order, Ratio, SelectConfig
 from pipeline.errors import ConfigError
 
 Rows = npt.NDArray[np.int64]

@@ -9,18 +9,18 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 
 from pipeline import storage
 from pipeline.errors import StorageError
-from pipeline.parallel import rank
+from pipeline.parallel import agreed, rank, world_size
 
 _KEPT = 2
 
@@ -39,7 +39,7 @@ def save(
         return
     state = {"step": step, "model": weights, "optimizer": moments, "history": history}
     name = storage.join(url, f"step-{step:08d}.pt")
-    storage.publish_file(name, lambda path: write_state(state, path))
+    storage.publish_file(name, lambda path: _write(state, path))
     for old in sorted(_steps(url))[:-_KEPT]:
         storage.remove(storage.join(url, f"step-{old:08d}.pt"))
 
@@ -50,27 +50,32 @@ def load_latest(url: str, model: Any, optimizer: Optimizer) -> tuple[int, list[d
     Returns:
         Steps that are done, and what was noted of them.
     """
-    found: list[Any] = [max(_steps(url), default=0) if not rank() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    (step,) = found
+    # One worker reads it: eight copies of a whole state would not fit a node.
+    state = _read(url) if not rank() else {"model": {}, "optimizer": {}}
+    step, history = agreed((state.get("step", 0), state.get("history", [])))
     if not step:
         return 0, []
+    options = StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False
+    )
+    # Two calls: `set_state_dict` leaves the model out in workers that hold none of its weights.
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    return step, history
+
+
+def _read(url: str) -> dict[str, Any]:
+    """The newest checkpoint; empty if there is none."""
+    step = max(_steps(url), default=0)
+    if not step:
+        return {}
     name = storage.join(url, f"step-{step:08d}.pt")
     data = storage.read_bytes(name)
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, UnpicklingError) as err:
         raise StorageError(f"{name}: not a readable checkpoint. Delete it.") from err
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=options,
-    )
-    return state["step"], state["history"]
+    return state
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -85,7 +90,7 @@ def remove_all(url: str) -> None:
         storage.remove(storage.join(url, f"step-{step:08d}.pt"))
 
 
-def write_state(state: Any, path: str) -> None:
+def _write(state: Any, path: str) -> None:
     """`torch.save`, with what a full disk says as an OSError."""
     try:
         torch.save(state, path)

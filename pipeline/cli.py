@@ -1,4 +1,4 @@
-"""The command line: `cherry run|score|select|experience|train|compare|plan|gc CONFIG`.
+"""The command line: `cherry run|score|select|experience|train|compare|plan|gc|submit CONFIG`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 the config
 or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
@@ -9,21 +9,28 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import __version__, comparison_report, config, errors, report, texts
+from pipeline import __version__, comparison_report, config, errors, report, submitting, texts
 from pipeline import run as flow
+from pipeline.comparison import Comparison
+from pipeline.manifests import Finished
 from pipeline.pending import Progress
+from pipeline.phases import Embedded
 from pipeline.run import Result
+from pipeline.submitting import Submitted
+from pipeline.summary import failed_fraction
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="cherry",
@@ -57,8 +64,8 @@ def run(
     as_json: _AsJson = False,
     retry_errors: _RetryErrors = False,
 ) -> None:
-    """Score what is new, select, and write the cherry subset."""
-    _execute(partial(flow.run, retry_errors=retry_errors), path, overrides, as_json)
+    """Score what is new and select; with experience and train, the whole method."""
+    _show_run(partial(flow.run, retry_errors=retry_errors), path, overrides, as_json)
 
 
 @app.command()
@@ -69,49 +76,41 @@ def score(
     retry_errors: _RetryErrors = False,
 ) -> None:
     """Score what is new; select nothing."""
-    _execute(partial(flow.score, retry_errors=retry_errors), path, overrides, as_json)
+    _show_run(partial(flow.score, retry_errors=retry_errors), path, overrides, as_json)
 
 
 @app.command()
 def select(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Select from finished scores: no model, no GPU."""
-    _execute(lambda settings, _: flow.select(settings), path, overrides, as_json)
+    _show_run(lambda settings, _: flow.select(settings), path, overrides, as_json)
 
 
 @app.command()
-def experience(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
+def experience(
+    path: _ConfigPath,
+    overrides: _Overrides = None,
+    as_json: _AsJson = False,
+    retry_errors: _RetryErrors = False,
+) -> None:
     """Embed every prompt, and choose the rows of brief experience."""
-    with _speaking(as_json) as (out, results, err):
-        settings = config.load(path, overrides)
-        with report.RunProgress(err) as progress:
-            found = flow.experience(settings, progress)
-        report.show_experience(found, results)
-        if as_json:
-            _print_json(found.manifest | {"path": found.url, "manifest": found.manifest_url}, out)
+    command = partial(flow.experience, retry_errors=retry_errors)
+    settings, (_, embedded) = _watch(
+        command, report.show_experience, _experience_json, path, overrides, as_json
+    )
+    counts = embedded.audited.rows_by_status
+    _check_tolerance(settings, counts, embedded.skipped, embedded.plan.scores_url)
 
 
 @app.command()
 def train(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train the base model on the cherry subset."""
-    with _speaking(as_json) as (out, results, err):
-        settings = config.load(path, overrides)
-        with report.RunProgress(err) as progress:
-            found = flow.train(settings, progress)
-        report.show_trained(found, results)
-        if as_json:
-            _print_json(found.manifest | {"path": found.url, "manifest": found.manifest_url}, out)
+    _watch(flow.train, report.show_trained, _finished_json, path, overrides, as_json)
 
 
 @app.command()
 def compare(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train on the cherry subset and on random controls; judge them by held-out rows."""
-    with _speaking(as_json) as (out, results, err):
-        settings = config.load(path, overrides)
-        with report.RunProgress(err) as progress:
-            found = flow.compare(settings, progress)
-        comparison_report.show(found, results)
-        if as_json:
-            _print_json(found.report | {"path": found.url}, out)
+    _watch(flow.compare, comparison_report.show, _comparison_json, path, overrides, as_json)
 
 
 @app.command()
@@ -152,6 +151,73 @@ def gc(
             _print_json(found.summary(deleted=delete), out)
 
 
+@app.command()
+def submit(
+    path: _ConfigPath,
+    overrides: _Overrides = None,
+    as_json: _AsJson = False,
+    retry_errors: _RetryErrors = False,
+    address: Annotated[
+        str | None,
+        typer.Option(help="http://HOST:8265 of the cluster; or RAY_API_SERVER_ADDRESS."),
+    ] = None,
+    command: Annotated[
+        submitting.Command, typer.Option(help="What the job does.", case_sensitive=False)
+    ] = "run",
+    wait: Annotated[bool, typer.Option("--wait", help="Show its log, and end as it ends.")] = False,
+    variables: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME=value", help="Of the job's environment; no secrets."),
+    ] = None,
+    extras: Annotated[
+        list[str] | None,
+        typer.Option("--extra", metavar="NAME", help="gguf, lora, gcs, azure: installed there."),
+    ] = None,
+    installed: Annotated[
+        bool, typer.Option("--installed", help="Cherry is in the cluster's image; send none.")
+    ] = False,
+) -> None:
+    """Run it as a job of a Ray cluster; the same job is not started twice at once."""
+    with _speaking(as_json) as (out, results, err):
+        job = submitting.submit(
+            path, overrides, address, command=command, variables=variables, extras=extras,
+            options=["--retry-errors"] if retry_errors else [], installed=installed,
+        )  # fmt: skip
+        _say(err, f"{'started' if job.started else 'already running:'} {job.submission_id}")
+        if not wait:
+            _say(err, f"follow it: cherry submit ... --wait, or {job.address}")
+            if as_json:
+                _print_json({"submission_id": job.submission_id, "started": job.started}, out)
+            return
+        try:
+            ended = submitting.follow(job, lambda line: _echo(results, line))
+        except KeyboardInterrupt:
+            raise typer.Exit(_stop_or_detach(job, err)) from None
+    if as_json and ended.summary is not None:
+        _print_json(ended.summary, out)
+    if ended.exit_code:
+        _say(err, f"job {job.submission_id}: {ended.message}")
+        raise typer.Exit(ended.exit_code)
+
+
+def _echo(console: Console, line: str) -> None:
+    console.print(Text(texts.visible(line.expandtabs())), soft_wrap=True)
+
+
+def _stop_or_detach(job: Submitted, err: Console) -> int:
+    """Ask what becomes of the job; where nobody can be asked, it goes on."""
+    answer = ""
+    if sys.stdin.isatty():
+        with suppress(KeyboardInterrupt, EOFError):
+            answer = err.input("stop the job, or detach and let it run? [s/D] ")
+    if answer.strip().lower() in ("s", "stop"):
+        submitting.stop(job)
+        _say(err, f"stopped {job.submission_id}; what it scored is kept")
+        return errors.EXIT_FAILED
+    _say(err, f"detached from {job.submission_id}; the same command follows it again")
+    return errors.EXIT_INTERRUPTED
+
+
 def main() -> None:
     """Entry point of `cherry` and `python -m pipeline`."""
     app()
@@ -172,30 +238,67 @@ def _options(
     pass
 
 
-def _execute(
-    command: Callable[[config.Config, Progress | None], Result],
+def _show_run(
+    command: Callable[[config.Config, Progress], Result],
     path: str,
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
+    settings, result = _watch(command, report.show, _summary_json, path, overrides, as_json)
+    summary = result.summary
+    _check_tolerance(settings, summary.rows_by_status, summary.skipped_shards, summary.scores_path)
+
+
+def _check_tolerance(
+    settings: config.Config, counts: Mapping[str, int], skipped: list[str], where: str
+) -> None:
+    """Exit 3 if more rows failed than may, or shards were skipped."""
+    failed, allowed = failed_fraction(counts), settings.score.max_error_fraction
+    if failed > allowed:
+        _say(
+            Console(stderr=True, highlight=False),
+            f"{100 * failed:.2f} % of the rows failed or are malformed, more than "
+            f"score.max_error_fraction ({100 * allowed:g} %). What was done is kept; the reasons "
+            f"are in {where}.",
+        )
+    if failed > allowed or skipped:
+        raise typer.Exit(errors.EXIT_TOLERANCE)
+
+
+def _watch(
+    command: Callable[[config.Config, Progress], T],
+    show: Callable[[T, Console], None],
+    to_json: Callable[[T], dict[str, Any]],
+    path: str,
+    overrides: list[str] | None,
+    as_json: bool,
+) -> tuple[config.Config, T]:
+    """Run a command under the eyes of a person, and print what came out."""
     with _speaking(as_json) as (out, results, err):
         settings = config.load(path, overrides)
         with report.RunProgress(err) as progress:
-            result = command(settings, progress)
-        summary = result.summary
-        report.show(result, results)
+            found = command(settings, progress)
+        show(found, results)
         if as_json:
-            _print_json(asdict(summary), out)
-    allowed = settings.score.max_error_fraction
-    if summary.failed_fraction > allowed or summary.skipped_shards:
-        if summary.failed_fraction > allowed:
-            _say(
-                err,
-                f"{100 * summary.failed_fraction:.2f} % of the rows failed or are malformed, more "
-                f"than score.max_error_fraction ({100 * allowed:g} %). What was scored is kept; "
-                f"the reasons are in {summary.scores_path}.",
-            )
-        raise typer.Exit(errors.EXIT_TOLERANCE)
+            _print_json(to_json(found), out)
+    return settings, found
+
+
+def _summary_json(result: Result) -> dict[str, Any]:
+    return asdict(result.summary)
+
+
+def _experience_json(found: tuple[Finished, Embedded]) -> dict[str, Any]:
+    subset, embedded = found
+    return _finished_json(subset) | {"skipped_shards": embedded.skipped}
+
+
+def _finished_json(finished: Finished) -> dict[str, Any]:
+    return finished.manifest | {"path": finished.url, "manifest": finished.manifest_url}
+
+
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    return comparison.report | {"path": comparison.url}
 
 
 def _print_json(values: dict[str, Any], out: TextIO) -> None:
@@ -244,6 +347,8 @@ def _quiet_libraries() -> None:
     # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    for name in ("dashboard_sdk", "job.sdk"):  # these set a level of their own
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     os.environ.setdefault(
         "RAY_BACKEND_LOG_LEVEL", "fatal"
     )  # Ray's own notes, kept in its log files

@@ -29,14 +29,13 @@ from pipeline.config import InputConfig
 from pipeline.config_training import Arm, CompareConfig, TrainConfig
 from pipeline.curves import draw_curves
 from pipeline.errors import InputError
-from pipeline.inputs import open_corpus
+from pipeline.inputs import Corpus, open_corpus
 from pipeline.job import Job
+from pipeline.manifests import Finished
 from pipeline.pending import Progress
 from pipeline.phases import open_subset
-from pipeline.selection import Selection
-from pipeline.training import Trained
 from pipeline.training_job import HeldOut, plan_training
-from pipeline.units import fingerprint
+from pipeline.units import Plan, fingerprint
 
 _INPUT = "input"
 """Name of the set that is held out of the input."""
@@ -51,14 +50,36 @@ class Comparison:
     report: dict[str, Any]
 
 
+def open_sets(config: CompareConfig, output: str) -> dict[str, Corpus]:
+    """The held-out sets that have files of their own, by name.
+
+    Raises:
+        InputError: One is missing or cannot be read.
+    """
+    return {
+        each.name: open_corpus(
+            InputConfig(path=each.path, layout=each.layout, columns=each.columns), output
+        )
+        for each in config.evaluate
+    }
+
+
 def compare(
-    job: Job, selected: Selection, config: CompareConfig, train: TrainConfig, progress: Progress
+    job: Job,
+    scored: Plan,
+    selected: Finished,
+    held_out: dict[str, Corpus],
+    config: CompareConfig,
+    train: TrainConfig,
+    progress: Progress,
 ) -> Comparison:
     """Train every arm with every seed, unless that is done, and say how they compare.
 
     Args:
-        job: Of the base model and the whole corpus.
+        job: Of the base model.
+        scored: The units that were selected from.
         selected: The cherry subset.
+        held_out: From `open_sets`.
         config: Arms, seeds and held-out sets.
         train: How each is trained.
         progress: Told of each step.
@@ -66,22 +87,21 @@ def compare(
     Raises:
         InputError: An arm or a held-out set has no rows.
     """
-    whole, _ = training_data.tokenise_corpus(job.corpus, job.settings, job.config.input.max_rows)
-    subset = open_subset(job.config, selected, job.config.input)
+    whole, _ = training_data.tokenise_rows(scored.units, job.settings)
+    subset = open_subset(job, selected)
     cherry, left_out = training_data.tokenise_corpus(subset, job.settings)
-    sets = _held_out_sets(job, config, whole)
-    held_out = pa.concat_arrays([t["sample_id"].combine_chunks() for t in sets.values()])
-    whole, cherry = _without(whole, held_out), _without(cherry, held_out)
+    sets = _held_out_sets(job, config, held_out, whole)
+    ids = pa.concat_arrays([t["sample_id"].combine_chunks() for t in sets.values()])
+    whole, cherry = _without(whole, ids), _without(cherry, ids)
     training_data.refuse_empty(cherry, left_out, "the cherry subset")
-    watched = HeldOut(
-        {name: _keep(job, table, f"held-out set {name}") for name, table in sets.items()},
-        config.points,
-    )
+    # The subset has no copies where selecting drops them: nor has what it is compared with.
+    pool = _distinct(whole) if job.config.select.duplicates == "drop" else whole
+    watched = HeldOut({name: _keep(job, table) for name, table in sets.items()}, config.points)
     steps = count_steps(len(cherry), train)
     planned = []
     for arm in config.arms:
         for seed in config.seeds:
-            rows = _draw(arm, seed, cherry, whole)
+            rows = whole if arm == "all" else _draw(arm, seed, cherry, pool)
             settings = train.model_copy(
                 update={"seed": seed} | ({"max_steps": steps} if config.same == "steps" else {})
             )
@@ -95,7 +115,9 @@ def _given(rows: pa.Table) -> tuple[pa.Table, int]:
     return rows, 0
 
 
-def _held_out_sets(job: Job, config: CompareConfig, whole: pa.Table) -> dict[str, pa.Table]:
+def _held_out_sets(
+    job: Job, config: CompareConfig, held_out: dict[str, Corpus], whole: pa.Table
+) -> dict[str, pa.Table]:
     """The rows of each set, in the EXAMPLES schema."""
     sets = {}
     if config.holdout_rows:
@@ -109,9 +131,9 @@ def _held_out_sets(job: Job, config: CompareConfig, whole: pa.Table) -> dict[str
             )
         sets[_INPUT] = _distinct(held)
     for each in config.evaluate:
-        source = InputConfig(path=each.path, layout=each.layout, columns=each.columns)
-        corpus = open_corpus(source, job.config.output)
-        table, left_out = training_data.tokenise_corpus(corpus, job.settings, each.max_rows)
+        table, left_out = training_data.tokenise_corpus(
+            held_out[each.name], job.settings, each.max_rows
+        )
         training_data.refuse_empty(table, left_out, f"held-out set {each.name} ({each.path})")
         sets[each.name] = table
     return sets
@@ -131,8 +153,6 @@ def _draw(arm: Arm, seed: int, cherry: pa.Table, whole: pa.Table) -> pa.Table:
     """The rows of an arm; a random subset has the rows or, within half a row, the tokens."""
     if arm == "cherry":
         return cherry
-    if arm == "all":
-        return whole
     order = np.random.default_rng([seed, 1]).permutation(len(whole))
     if arm == "random_rows":
         count = min(len(cherry), len(whole))
@@ -156,16 +176,14 @@ def _digest(table: pa.Table) -> str:
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-def _keep(job: Job, table: pa.Table, what: str) -> str:
-    training_data.refuse_empty(table, 0, what)
+def _keep(job: Job, table: pa.Table) -> str:
     output = storage.absolute(job.config.output)
-    name = f"{_digest(table)[:16]}.parquet"
-    url = storage.join(output, "comparison", "held_out", name)
+    url = storage.join(output, "comparison", "held_out", f"{_digest(table)[:16]}.parquet")
     training_data.save_examples(url, table)
     return url
 
 
-def _conclude(job: Job, config: CompareConfig, runs: dict[Arm, list[Trained]]) -> Comparison:
+def _conclude(job: Job, config: CompareConfig, runs: dict[Arm, list[Finished]]) -> Comparison:
     """Put the trainings together, and write the report last."""
     exact = [each.name for each in config.evaluate if each.exact_match]
     names = [_INPUT] * bool(config.holdout_rows) + [each.name for each in config.evaluate]

@@ -6,6 +6,7 @@ import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from scipy import stats
 
 from pipeline.comparison import Comparison
 from pipeline.texts import visible
@@ -50,16 +51,25 @@ def _verdicts(report: dict[str, Any], name: str) -> list[str]:
         return []
     cherry = losses.pop("cherry")
     return [
-        f"cherry against {arm.replace('_', ' ')}: {_verdict(cherry, control)}"
+        f"cherry against {arm.replace('_', ' ')}: {_verdict(cherry, control, len(losses))}"
         for arm, control in losses.items()
     ]
 
 
-def _verdict(cherry: Any, control: Any) -> str:
+def _verdict(cherry: Any, control: Any, num_controls: int) -> str:
+    """How much better or worse, and whether chance would do as much in 1 of 20 such tables.
+
+    Welch's test over seeds, whose level is shared by the controls (Bonferroni). It knows nothing of
+    which rows are held out.
+    """
     difference = float(cherry.mean() - control.mean())
     said = f"{'better' if difference < 0 else 'worse'} by {abs(difference):.4f}"
     if len(cherry) == 1:
         return f"{said}, of one seed"
-    # Two standard errors of a difference of means.
-    chance = 2 * float(np.sqrt((cherry.var(ddof=1) + control.var(ddof=1)) / len(cherry)))
+    errors = np.array([cherry.var(ddof=1), control.var(ddof=1)]) / len(cherry)
+    if not errors.any():
+        return said
+    freedom = errors.sum() ** 2 / (errors**2 / (len(cherry) - 1)).sum()
+    level = 0.05 / num_controls
+    chance = float(stats.t.ppf(1 - level / 2, freedom) * np.sqrt(errors.sum()))
     return said if abs(difference) > chance else f"{said}, which chance explains ({chance:.4f})"

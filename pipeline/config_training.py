@@ -2,16 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Layout = Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt"]
-ColumnField = Literal["instruction", "input", "response", "prompt", "messages", "conversations"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, and nothing changes after it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from pipeline.config_base import ColumnField, Layout, Section
 
 
 class LoraConfig(Section):
@@ -109,7 +102,7 @@ class EvaluateConfig(Section):
     """In tables and plots."""
     path: Annotated[str, Field(min_length=1)]
     """As `input.path`."""
-    layout: Layout = "auto"
+    layout: Literal["auto"] | Layout = "auto"
     """As `input.layout`."""
     columns: dict[ColumnField, str] = Field(default={})
     """As `input.columns`."""

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engine import Engine, SequenceLoss, TokenSequence
-from pipeline.schemas import EMBEDDING
+from pipeline.schemas import EMBEDDING, flat_lists
 
 
 def embed_table(
@@ -29,8 +29,7 @@ def embed_table(
     Returns:
         The part, in the EMBEDDING schema, and the prompt tokens that were read.
     """
-    lists = tokens["input_ids"].combine_chunks()
-    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+    offsets, values = flat_lists(tokens["input_ids"])
     rows = tokens.select(
         ["row_index", "sample_id", "status", "reason", "num_prompt_tokens"]
     ).to_pylist()

@@ -14,8 +14,7 @@ architecture that disagrees is scored in padded batches through its own attentio
 
 import ctypes
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,26 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.attention import PACKED, register
+from pipeline.forward import hidden_packed, run_padded
 from pipeline.packing import plan_packs
+from pipeline.probe import find_fault
 from pipeline.projection import VOCABULARY_CHUNK, Projection
 
 log = logging.getLogger("cherry")
 
-# What rounding alone explains, per dtype. First, the mean absolute difference in nats per token
-# between packed and eager attention at the end of a probe: 1e-7, 0.009 and 0.07 on SmolLM2-135M,
-# where a soft-cap or window that is ignored gives 0.1 to 5. Second, the largest relative
-# difference of a logit: 0.0, 5e-4 and 4e-3 there.
-_ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
-_LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-
 # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes.
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
-
-_PROBE_LENGTHS = (33, 64, 47)
-_PROBE_TAIL = 32
-"""Tokens compared at the end of each probe, where a window would have slid furthest."""
-
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -122,7 +110,6 @@ class Engine:
             max_batch_tokens: Budget of a pack.
             max_length: Longest sequence that will come, in tokens; None is the model's positions.
         """
-        register()
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
@@ -135,7 +122,7 @@ class Engine:
         self._num_embeddings = int(model.get_input_embeddings().num_embeddings)
         self._projection = Projection(model)
         self.mode: Literal["packed", "padded"] = "packed"
-        if fault := self._probe(config, max_length):
+        if fault := find_fault(model, max_length):
             log.warning(
                 "%s: %s; scoring in padded batches through its own attention instead, which is "
                 "slower",
@@ -234,7 +221,7 @@ class Engine:
         sums.index_add_(0, torch.cat(owners), nll_S.to("cpu", torch.float64))
         values = iter(sums.tolist())
         means: Sequence[Any] = [None] * len(sequences)
-        if hidden:
+        if hidden and hidden_TM is not None:
             means = [h_TM.float().mean(0).cpu().numpy() for h_TM in hidden_TM.split(lengths)]
         return [
             SequenceLoss(tuple(next(values) for _ in s.spans), mean)
@@ -244,110 +231,14 @@ class Engine:
     # T=tokens of the pack, S=scored tokens, M=hidden size, V=vocabulary
     def _forward(
         self, lengths: list[int], ids_T: Tensor, position_S: Tensor, hidden: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Last hidden states, and the loss of the tokens at `position_S`, in nats, float32.
-
-        In padded batches an empty tensor stands for the states unless `hidden` asks for them: to
-        give them, transformers keeps those of every layer.
-        """
+    ) -> tuple[Tensor | None, Tensor]:
+        """Last hidden states if asked for, and the loss of the tokens at `position_S`, in nats."""
         targets_S = ids_T[position_S].to(self.device)
-        if self.mode == "padded":
-            return self._forward_padded(lengths, ids_T, position_S, targets_S, hidden)
-        hidden_TM = hidden_packed(self.model, lengths, ids_T)
         # The causal shift happens here only: the state at t - 1 predicts token t.
-        hidden_SM = hidden_TM[position_S.to(self.device) - 1]
-        return hidden_TM, self._projection.nll(hidden_SM, targets_S)
-
-    def _forward_padded(
-        self,
-        lengths: list[int],
-        ids_T: Tensor,
-        position_S: Tensor,
-        targets_S: Tensor,
-        hidden: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The slow, sure way: right-padded, the model's own eager attention and its own logits."""
-        rows = torch.split(ids_T, lengths)
-        ids_BL = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
-        with attention(self.model, "eager"):
-            output = self.model(
-                input_ids=ids_BL.to(self.device),
-                attention_mask=mask_BL.long().to(self.device),
-                use_cache=False,
-                output_hidden_states=hidden,
-            )
-        mask_BL = mask_BL.to(self.device)
-        hidden_TM = output.hidden_states[-1][mask_BL] if hidden else torch.empty(0)
-        logits_SV = output.logits[mask_BL][position_S.to(self.device) - 1].float()
-        return hidden_TM, F.cross_entropy(logits_SV, targets_S, reduction="none")
-
-    @torch.inference_mode()
-    def _probe(self, config: Any, max_length: int | None) -> str | None:
-        """Score probes in a pack and the model's own way; says what differs beyond rounding."""
-        positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        limit = min(positions, max_length or positions)
-        window = _longest_window(config)
-        longest = [2 * window] if window and window < limit else []  # else no window ever slides
-        lengths = [min(n, limit) for n in (*_PROBE_LENGTHS, *longest)]
-        generator = torch.Generator().manual_seed(0)
-        probes = [torch.randint(self._vocab_size, (n,), generator=generator) for n in lengths]
-        try:
-            hidden_TM = hidden_packed(self.model, lengths, torch.cat(probes))
-            attention_error, logit_error = self._compare(probes, hidden_TM.split(lengths))
-        except (RuntimeError, TypeError, ValueError, AttributeError) as err:
-            return f"cannot be scored in packs: {err}"
-        if not attention_error <= _ATTENTION_TOLERANCE[self.dtype]:
-            return f"packed attention is off by {attention_error:.2g} nats per token"
-        if not logit_error <= _LOGIT_TOLERANCE[self.dtype]:
-            return f"its logits are not a plain projection (off by {100 * logit_error:.2g} %)"
-        return None
-
-    def _compare(self, probes: list[Tensor], packed: tuple[Tensor, ...]) -> tuple[float, float]:
-        """Mean error of packed attention in nats, and largest relative error of a logit."""
-        differences, logit_errors = [], []
-        for ids_T, packed_TM in zip(probes, packed, strict=True):
-            inputs = {"input_ids": ids_T.unsqueeze(0).to(self.device), "use_cache": False}
-            with attention(self.model, "eager"):
-                own_TM = self.model.base_model(**inputs).last_hidden_state[0]
-                own_TV = self.model(**inputs).logits[0].float()
-            targets_S = ids_T[1:][-_PROBE_TAIL:].to(self.device)
-            tail = slice(-1 - len(targets_S), -1)  # the states that predict the targets
-            error_S = self._projection.nll(packed_TM[tail], targets_S) - self._projection.nll(
-                own_TM[tail], targets_S
-            )
-            differences.append(error_S.abs().mean())
-            ours_TV = torch.cat([logits for _, logits in self._projection.chunks(own_TM)], dim=1)
-            logit_errors.append(((ours_TV - own_TV).abs() / (1 + own_TV.abs())).max())
-        return float(torch.stack(differences).max()), float(torch.stack(logit_errors).max())
-
-
-def hidden_packed(model: Any, lengths: list[int], ids_T: Tensor) -> Tensor:
-    """Last hidden states of a pack of sequences that lie end to end, shape (T, M)."""
-    device = model.device
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    positions_T = torch.cat([torch.arange(n) for n in lengths])
-    with attention(model, PACKED):
-        output = model.base_model(
-            input_ids=ids_T.unsqueeze(0).to(device),
-            position_ids=positions_T.unsqueeze(0).to(device),
-            use_cache=False,
-            cu_seq_lens_q=bounds.to(device),
-            max_length_q=max(lengths),
-        )
-    return output.last_hidden_state[0]  # type: ignore[no-any-return]
-
-
-def _longest_window(config: Any) -> int | None:
-    """Longest attention window or chunk that any layer has, in tokens."""
-    names = ("sliding_window", "attention_chunk_size", "window_size")
-    found = [w for name in names if isinstance(w := getattr(config, name, None), int)]
-    return max(found, default=None)
-
-
-@contextmanager
-def attention(model: Any, implementation: str) -> Iterator[None]:
-    """Run the model under one attention implementation."""
-    if model.config._attn_implementation != implementation:
-        model.set_attn_implementation(implementation)
-    yield
+        before_S = position_S.to(self.device) - 1
+        if self.mode == "padded":
+            logits_TV, states_TM = run_padded(self.model, lengths, ids_T, hidden=hidden)
+            nll_S = F.cross_entropy(logits_TV[before_S].float(), targets_S, reduction="none")
+            return states_TM, nll_S
+        hidden_TM = hidden_packed(self.model, lengths, ids_T)
+        return hidden_TM, self._projection.nll(hidden_TM[before_S], targets_S)

@@ -11,6 +11,7 @@
     ├── ScoringError           exit 1   scoring cannot go on: its processes die, whatever the rows
     ├── LostUnitError          exit 1   a unit raised in a stage; recovery.py looks for the row
     ├── TrainingError          exit 1   training cannot go on: its loss is not finite, workers die
+    ├── ClusterError           exit 1   a cluster that took a job does not answer any more
     ├── StorageError           exit 1   an object could not be written or read back
     └── AccountingError        exit 1   the parts do not add up to the input
 
@@ -23,6 +24,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_TOLERANCE = 3
+EXIT_INTERRUPTED = 130
 
 
 class CherryError(Exception):
@@ -67,6 +69,10 @@ class LostUnitError(CherryError):
 
 class TrainingError(CherryError):
     """Training cannot go on: a loss is not finite, or its workers die."""
+
+
+class ClusterError(CherryError):
+    """A cluster that took a job does not answer any more; the job may go on there."""
 
 
 class StorageError(CherryError):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import Format
+from pipeline.config_select import Format
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
 from pipeline.samples import Columns, Message, Sample, read_samples

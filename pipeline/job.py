@@ -3,18 +3,21 @@
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 
-from pipeline import cluster, engine, inputs, models, storage, units
+from pipeline import cluster, engine, inputs, model_files, models, storage, units
 from pipeline.budgets import SelectSettings
-from pipeline.columns import output_schema
+from pipeline.columns import merged_schema, output_schema
 from pipeline.config import Config, ModelConfig
-from pipeline.errors import ConfigError, StorageError
+from pipeline.config_training import TrainConfig
+from pipeline.errors import ConfigError, InputError, StorageError
 from pipeline.inputs import Corpus
-from pipeline.models import ModelRef
+from pipeline.model_files import ModelRef
 from pipeline.rendering import Renderer
+from pipeline.schemas import EXPERIENCE
 from pipeline.settings import ScoringSettings
 from pipeline.units import Plan
 
@@ -49,11 +52,12 @@ def check(config: Config, *, selecting: bool) -> Checked:
     Raises:
         ConfigError, InputError, ModelError: With what to do about it.
     """
-    ref = models.resolve(config.model)
+    ref = model_files.resolve(config.model)
     corpus = inputs.open_corpus(config.input, config.output)
     if selecting:
         settings = SelectSettings.from_config(config.select, config.preset.ratio)
         output_schema(corpus, settings)  # what cannot be written is named before hours of scoring
+    _check_training(config, corpus)
     for layout, count in Counter(s.columns.describe() for s in corpus.shards).items():
         log.info("%d shard%s read as %s", count, "s"[: count > 1], layout)
     checked = _describe(config, corpus, ref)
@@ -65,7 +69,7 @@ def check(config: Config, *, selecting: bool) -> Checked:
 def with_model(checked: Checked, model: ModelConfig) -> Checked:
     """The same corpus and settings with another model."""
     config = checked.config.model_copy(update={"model": model})
-    return _describe(config, checked.corpus, models.resolve(model))
+    return _describe(config, checked.corpus, model_files.resolve(model))
 
 
 def _describe(config: Config, corpus: Corpus, ref: ModelRef) -> Checked:
@@ -106,6 +110,34 @@ def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
         settings.folder,
     )
     return Job(config, checked.corpus, settings, score_fp, planned)
+
+
+def _check_training(config: Config, corpus: Corpus) -> None:
+    """What training could not do is named before hours of scoring, too."""
+    if config.experience:
+        merged_schema(corpus, EXPERIENCE)
+        rows = sum(shard.num_rows for shard in corpus.shards)
+        rows = min(rows, config.input.max_rows or rows)
+        if rows < config.experience.clusters:
+            raise ConfigError(
+                f"key 'experience.clusters': got {config.experience.clusters}, expected at most "
+                f"{rows}, the rows of the input."
+            )
+    trainings = [config.experience.train] if config.experience else []
+    if config.train or config.compare:
+        trainings.append(config.train or TrainConfig())
+    if not trainings:
+        return
+    if any(training.lora for training in trainings) and find_spec("peft") is None:
+        raise ConfigError("train.lora: it needs an extra: pip install 'cherry-pipeline[lora]'")
+    first = next(shard for shard in corpus.shards if shard.num_rows)
+    for shard in corpus.shards:
+        if shard.num_rows and shard.columns != first.columns:
+            raise InputError(
+                f"shard {shard.url} reads as {shard.columns.describe()}, shard {first.url} as "
+                f"{first.columns.describe()}: experience, train and compare read a subset of all "
+                "of them as one. Convert one of them, or run the shards as two corpora."
+            )
 
 
 def _save_config(config: Config) -> None:

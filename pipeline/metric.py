@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.engine import Engine, SequenceLoss, TokenIds, TokenSequence
 from pipeline.rendering import TokenTurn
-from pipeline.schemas import PART
+from pipeline.schemas import PART, flat_lists
 
 
 def score_table(
@@ -32,10 +32,7 @@ def score_table(
     Returns:
         The part, in the PART schema, and the tokens of both passes.
     """
-    # Token ids stay one Arrow buffer: a Python object for each would cost as much as scoring does
-    # on small models.
-    lists = tokens["input_ids"].combine_chunks()
-    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+    offsets, values = flat_lists(tokens["input_ids"])
     prefix = np.array(prefix_ids, dtype=np.int32)
     rows = tokens.drop_columns("input_ids").to_pylist()
     sequences: list[TokenSequence] = []

@@ -1,7 +1,7 @@
 """The workers of a training: how many there are, and how they share weights and gradients."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -23,10 +25,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def wait_for_all() -> None:
-    """Go on when every worker is here."""
+def agreed(value: T) -> T:
+    """What the first worker has, for all of them; every worker must call it."""
+    found: list[Any] = [value]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(found)
+    shared: T = found[0]
+    return shared
 
 
 def sum_over_workers(values: Tensor) -> Tensor:
@@ -54,8 +59,9 @@ def parallel(module: nn.Module, model: Any, per_replica: int, dtype: torch.dtype
     if world == 1:
         return module
     if per_replica == 1:
-        # Every trainable parameter has a gradient in each pack.
-        return DistributedDataParallel(module)
+        # Text alone leaves the other parts of a model with images without gradients.
+        several_parts = model.config.get_text_config() is not model.config
+        return DistributedDataParallel(module, find_unused_parameters=several_parts)
     if world % per_replica:
         raise ConfigError(
             f"train.gpus_per_replica {per_replica}: got {world} workers, expected a multiple of it."
@@ -77,9 +83,13 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 
 def synchronised(wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are averaged over the workers with the last pack only."""
+    """Gradients are averaged over the workers with the last pack only.
+
+    FSDP still reduces them over the shards in each pack: else each worker would hold those of the
+    whole model.
+    """
     if isinstance(wrapped, DistributedDataParallel):
         return nullcontext() if last else wrapped.no_sync()
     if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last)
+        wrapped.set_requires_all_reduce(last)
     return nullcontext()

@@ -10,45 +10,69 @@ Source: arXiv:2308.12032, section 3.
 
 import functools
 import hashlib
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline import accounting, pending, storage, training, training_data
-from pipeline.config import Config, InputConfig, ModelConfig
+from pipeline import accounting, cluster, manifests, pending, storage, training, training_data
+from pipeline.accounting import Audit
+from pipeline.config import Config, ModelConfig
 from pipeline.config_training import ExperienceConfig, TrainConfig
 from pipeline.errors import InputError, NotTrainedError
-from pipeline.experience import Experience, select_experience
+from pipeline.experience import find_experience, select_experience
 from pipeline.inputs import Corpus, open_sources
 from pipeline.job import Checked, Job, plan, with_model
-from pipeline.pending import Progress, Silence
-from pipeline.selection import Selection
-from pipeline.training import Trained
+from pipeline.manifests import Finished
+from pipeline.pending import Progress
 from pipeline.training_job import TrainJob, plan_training
+from pipeline.units import Plan
 
 
-def experience(checked: Checked, settings: ExperienceConfig, progress: Progress) -> Experience:
-    """Embed every prompt that has no embedding yet, and choose the rows of brief experience."""
+@dataclass(frozen=True)
+class Embedded:
+    """A corpus whose prompts have embeddings."""
+
+    job: Job
+    plan: Plan
+    """Less units of shards that turned out to be unreadable."""
+    skipped: list[str]
+    """Why these shards were left out."""
+    audited: Audit
+
+
+def embed(checked: Checked, progress: Progress, *, retry_errors: bool = False) -> Embedded:
+    """Embed every prompt that has no embedding yet."""
     job = plan(checked, measure="prompt")
-    done = pending.score(job, progress)
-    finished = job.plan.without({unit.unit_id for unit in done if unit.failure})
-    audited = accounting.audit(finished)
-    return select_experience(finished, job.corpus, job.config.output, settings, audited)
+    done = pending.rescore(job, progress) if retry_errors else []
+    done += pending.score(job, progress)
+    failed = {unit.unit_id: str(unit.failure) for unit in done if unit.failure}
+    finished = job.plan.without(set(failed))
+    skipped = [*job.corpus.skipped, *sorted(set(failed.values()))]
+    return Embedded(job, finished, skipped, accounting.audit(finished))
 
 
-def experienced(checked: Checked, progress: Progress) -> Checked:
+def experience(embedded: Embedded, settings: ExperienceConfig) -> Finished:
+    """Choose the rows of brief experience."""
+    output = embedded.job.config.output
+    return select_experience(embedded.plan, embedded.job.corpus, output, settings, embedded.audited)
+
+
+def experienced(checked: Checked, progress: Progress, *, retry_errors: bool = False) -> Checked:
     """A config with the model that scores: if it says `experience`, the briefly trained one."""
     config = checked.config
     if config.experience is None:
         return checked
-    subset = experience(checked, config.experience, progress)
+    cluster.plan_trainers(config.cluster, config.experience.train)  # before hours of embedding
+    embedded = embed(checked, progress, retry_errors=retry_errors)
+    subset = experience(embedded, config.experience)
     training_job = _brief_training(checked, subset, config.experience)
-    load = functools.partial(_tokens, plan(checked), subset, config.input)
+    load = functools.partial(_tokens, plan(checked), subset)
     trained = training.train_all([(training_job, load)], config.cluster, progress)[0]
     return with_model(checked, _model_at(trained.url, config))
 
 
 def experienced_before(checked: Checked) -> Checked:
-    """The same where nothing may be embedded or trained for it.
+    """The same where nothing may be embedded, written or trained for it.
 
     Raises:
         NotTrainedError: The model is not there.
@@ -58,17 +82,19 @@ def experienced_before(checked: Checked) -> Checked:
         return checked
     embedding = plan(checked, measure="prompt").plan
     if not embedding.pending(embedding.parts()):
-        subset = experience(checked, config.experience, Silence())
-        trained = training.finished(_brief_training(checked, subset, config.experience))
-        if trained is not None:
-            return with_model(checked, _model_at(trained.url, config))
+        audited = accounting.audit(embedding)
+        subset = find_experience(embedding, config.output, config.experience, audited)
+        if subset is not None:
+            trained = manifests.find(_brief_training(checked, subset, config.experience).url)
+            if trained is not None:
+                return with_model(checked, _model_at(trained.url, config))
     raise NotTrainedError(
         f"experience: the model of brief experience is not trained yet under {config.output}. "
         "Run: cherry run CONFIG."
     )
 
 
-def retrain(job: Job, selected: Selection, config: TrainConfig, progress: Progress) -> Trained:
+def retrain(job: Job, selected: Finished, config: TrainConfig, progress: Progress) -> Finished:
     """Train the base model on the cherry subset.
 
     Args:
@@ -77,37 +103,41 @@ def retrain(job: Job, selected: Selection, config: TrainConfig, progress: Progre
         config: Of the training.
         progress: Told of each step.
     """
-    if not selected.manifest["parts"]:
-        raise InputError(
-            f"{selected.url}: the cherry subset has no rows, expected at least one to train on. "
-            "See rejected_rows in its manifest."
-        )
     training_job = plan_training(job, "the cherry subset", _contents(selected), config)
-    load = functools.partial(_tokens, job, selected, job.config.input)
+    load = functools.partial(_tokens, job, selected)
     return training.train_all([(training_job, load)], job.config.cluster, progress)[0]
 
 
-def open_subset(config: Config, subset: Selection | Experience, layout: InputConfig) -> Corpus:
-    """A subset that was written here, to be read again as the input is."""
+def open_subset(job: Job, subset: Finished) -> Corpus:
+    """A subset that was written here, to be read again as the input is.
+
+    Raises:
+        InputError: It has no rows.
+    """
+    if not subset.manifest["parts"]:
+        raise InputError(
+            f"{subset.url}: the subset has no rows, expected at least one to train on. See "
+            "rejected_rows in its manifest."
+        )
     urls = [storage.join(subset.url, part["path"]) for part in subset.manifest["parts"]]
     sources = [entry for part in urls for entry in storage.list_objects(part)]
-    return open_sources(sources, layout.model_copy(update={"on_bad_shard": "fail"}), config.output)
+    layout = job.config.input.model_copy(update={"on_bad_shard": "fail"})
+    return open_sources(sources, layout, job.config.output)
 
 
-def _brief_training(checked: Checked, subset: Experience, config: ExperienceConfig) -> TrainJob:
+def _brief_training(checked: Checked, subset: Finished, config: ExperienceConfig) -> TrainJob:
     name = "the experience subset"
     return plan_training(plan(checked), name, _contents(subset), config.train)
 
 
-def _contents(subset: Selection | Experience) -> str:
+def _contents(subset: Finished) -> str:
     """Hash over the parts of a subset."""
     hashes = "".join(part["sha256"] for part in subset.manifest["parts"])
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def _tokens(job: Job, subset: Selection | Experience, layout: InputConfig) -> tuple[pa.Table, int]:
-    rows = open_subset(job.config, subset, layout)
-    return training_data.tokenise_corpus(rows, job.settings)
+def _tokens(job: Job, subset: Finished) -> tuple[pa.Table, int]:
+    return training_data.tokenise_corpus(open_subset(job, subset), job.settings)
 
 
 def _model_at(url: str, config: Config) -> ModelConfig:

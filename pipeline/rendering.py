@@ -38,6 +38,8 @@ from pipeline.templates import (
 )
 
 RENDERING_VERSION = 1
+ENDING_TOKENS = 8
+"""Tokens after an answer among which its end is looked for: white space and a special token."""
 
 # Chat templates may print today's date; a score must not depend on the day it was computed. The
 # empty expression keeps Jinja's trim_blocks from eating a newline that the template begins with.
@@ -78,8 +80,8 @@ class RenderedSample:
     turns: tuple[TokenTurn, ...] = ()
     num_prompt_tokens: int = 0
     truncated: bool = False
-    next_id: int | None = None
-    """What the render has after `input_ids`, if anything: the end of the last turn."""
+    next_ids: tuple[int, ...] = ()
+    """What the render has after `input_ids`: the first few tokens, which may end the last turn."""
 
 
 class Renderer:
@@ -222,7 +224,7 @@ class Renderer:
         return RenderedSample(
             "ok",
             input_ids=ids[:end],
-            next_id=ids[end] if end < len(ids) else None,
+            next_ids=tuple(ids[end : end + ENDING_TOKENS]),
             turns=tuple(found),
             num_prompt_tokens=num_prompt_tokens,
             truncated=truncated,

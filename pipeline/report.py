@@ -19,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.estimate import Estimate
-from pipeline.experience import Experience
 from pipeline.garbage import Garbage
+from pipeline.manifests import Finished
 from pipeline.parts import UnitDone
+from pipeline.phases import Embedded
 from pipeline.rows import take_rows
 from pipeline.run import Result
 from pipeline.samples import read_samples
@@ -29,7 +30,6 @@ from pipeline.schemas import BAD_LINE, STATUSES
 from pipeline.selection_report import selected, tables
 from pipeline.summary import Summary
 from pipeline.texts import plain, visible
-from pipeline.training import Trained
 from pipeline.training_loop import StepDone
 from pipeline.units import Plan
 
@@ -120,8 +120,9 @@ def show(result: Result, console: Console) -> None:
     console.print(_files(summary), soft_wrap=True)
 
 
-def show_experience(experience: Experience, console: Console) -> None:
+def show_experience(found: tuple[Finished, Embedded], console: Console) -> None:
     """Print what `cherry experience` chose."""
+    experience, embedded = found
     manifest = experience.manifest
     counts = manifest["rows_by_status"]
     console.print(_status_table("Prompts", "status", counts, manifest["rows"]))
@@ -132,18 +133,19 @@ def show_experience(experience: Experience, console: Console) -> None:
     ]
     if empty := manifest["empty_clusters"]:
         lines.append(f"{empty} clusters are empty: so many prompts are alike")
+    lines += [f"skipped: {visible(reason)}" for reason in embedded.skipped]
     lines += ["", f"subset   {experience.url}", f"manifest {experience.manifest_url}"]
     console.print(Group("", *(Text(line) for line in lines)), soft_wrap=True)
 
 
-def show_trained(trained: Trained, console: Console) -> None:
+def show_trained(trained: Finished, console: Console) -> None:
     """Print what a training came to."""
     console.print(
         Group(*map(Text, _losses(trained)), Text(f"model    {trained.url}")), soft_wrap=True
     )
 
 
-def _losses(trained: Trained) -> list[str]:
+def _losses(trained: Finished) -> list[str]:
     """Loss at both ends, over a tenth of the steps each."""
     history = trained.manifest["history"]
     tenth = max(1, len(history) // 10)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.batches import deal_packs
-from pipeline.engine import attention, hidden_packed
+from pipeline.forward import hidden_packed, run_padded
 from pipeline.parallel import rank, sum_over_workers, world_size
 from pipeline.projection import logit_transform
 from pipeline.training_data import Examples
@@ -28,7 +28,7 @@ class ResponseLoss(nn.Module):
     """A causal language model whose forward pass is the summed loss of a pack's targets."""
 
     def __init__(self, model: Any, packed: bool) -> None:
-        """Take a model, and whether its attention can be packed (see engine.py)."""
+        """Take a model, and whether it can be run in packs (see probe.py)."""
         super().__init__()
         self.model = model
         self._packed = packed
@@ -42,38 +42,32 @@ class ResponseLoss(nn.Module):
 
         With `whole=False`, of each of them, and whether it is the most likely one: shape (2, S).
         """
-        hidden_TM = self._hidden(ids_T, lengths)
         # The causal shift: the state at t - 1 predicts token t.
-        hidden_SM, target_S = hidden_TM[position_S - 1], ids_T.to(hidden_TM.device)[position_S]
+        before_S, target_S = position_S - 1, ids_T[position_S]
+        if not self._packed:  # its logits may be more than a projection
+            logits_TV, _ = run_padded(self.model, lengths, ids_T)
+            judged = _judge(logits_TV[before_S].float(), target_S)
+            return judged[0].sum() if whole else judged
+        hidden_SM = hidden_packed(self.model, lengths, ids_T)[before_S]
         pieces = list(
             zip(hidden_SM.split(_TOKENS_PROJECTED), target_S.split(_TOKENS_PROJECTED), strict=True)
         )
         if not whole:
-            return torch.cat([self._judge(h, t) for h, t in pieces], dim=1)
+            return torch.cat([_judge(self._logits(h), t) for h, t in pieces], dim=1)
         losses = [checkpoint(self._nll, h, t, use_reentrant=False) for h, t in pieces]
         return torch.stack(losses).sum()
 
-    def _hidden(self, ids_T: Tensor, lengths: list[int]) -> Tensor:
-        if self._packed:
-            return hidden_packed(self.model, lengths, ids_T)
-        rows = ids_T.split(lengths)
-        ids_BL = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.model.device)
-        mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
-        mask_BL = mask_BL.to(self.model.device)
-        with attention(self.model, "eager"):
-            output = self.model.base_model(
-                input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False
-            )
-        return output.last_hidden_state[mask_BL]  # type: ignore[no-any-return]
+    def _logits(self, hidden_SM: Tensor) -> Tensor:
+        logits_SV: Tensor = self.model.get_output_embeddings()(hidden_SM)
+        return self._transform(logits_SV.float())
 
     def _nll(self, hidden_SM: Tensor, target_S: Tensor) -> Tensor:
-        logits_SV = self._transform(self.model.get_output_embeddings()(hidden_SM).float())
-        return F.cross_entropy(logits_SV, target_S, reduction="sum")
+        return F.cross_entropy(self._logits(hidden_SM), target_S, reduction="sum")
 
-    def _judge(self, hidden_SM: Tensor, target_S: Tensor) -> Tensor:
-        logits_SV = self._transform(self.model.get_output_embeddings()(hidden_SM).float())
-        nll_S = F.cross_entropy(logits_SV, target_S, reduction="none")
-        return torch.stack([nll_S, (logits_SV.argmax(-1) == target_S).float()])
+
+def _judge(logits_SV: Tensor, target_S: Tensor) -> Tensor:
+    nll_S = F.cross_entropy(logits_SV, target_S, reduction="none")
+    return torch.stack([nll_S, (logits_SV.argmax(-1) == target_S).float()])
 
 
 def forward_pack(

@@ -10,7 +10,7 @@ The steps in the outer brackets are of configs with `experience` and `train`.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import accounting, cluster, comparison, garbage, pending, phases, selection
 from pipeline import estimate as estimates
@@ -21,14 +21,13 @@ from pipeline.config import Config
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError, InputError, NotTrainedError
 from pipeline.estimate import Estimate
-from pipeline.experience import Experience
 from pipeline.garbage import Garbage
-from pipeline.job import Job, check, plan
+from pipeline.job import Checked, Job, check, plan
+from pipeline.manifests import Finished
 from pipeline.pending import Progress, Silence
-from pipeline.selection import Selection
+from pipeline.phases import Embedded
 from pipeline.summary import Summary, summarise, warn_over_one
 from pipeline.survey import Survey
-from pipeline.training import Trained
 from pipeline.units import Plan
 
 log = logging.getLogger("cherry")
@@ -40,9 +39,9 @@ class Result:
 
     summary: Summary
     plan: Plan
-    selection: Selection | None = None
+    selection: Finished | None = None
     survey: Survey | None = None
-    trained: Trained | None = None
+    trained: Finished | None = None
 
 
 def run(config: Config, progress: Progress | None = None, *, retry_errors: bool = False) -> Result:
@@ -51,38 +50,34 @@ def run(config: Config, progress: Progress | None = None, *, retry_errors: bool 
     With `experience`, the model is trained briefly before; with `train`, the base model is trained
     on the subset after. What is done already is not done again.
     """
-    return _run(config, progress or Silence(), retry_errors=retry_errors, selecting=True)
+    progress = progress or Silence()
+    begun = time.monotonic()
+    base = check(config, selecting=True)
+    with cluster.connected():
+        if config.train:
+            cluster.plan_trainers(config.cluster, config.train)  # before hours of scoring
+        scored = _score(base, progress, retry_errors, begun)
+        selected, survey = _select(scored)
+        trained = None
+        if config.train:
+            trained = phases.retrain(plan(base), selected, config.train, progress)
+    return _result(scored, begun, selected, survey, trained)
 
 
 def score(
     config: Config, progress: Progress | None = None, *, retry_errors: bool = False
 ) -> Result:
     """Score what is new; `retry_errors` also rescores rows that ended as `error`."""
-    return _run(config, progress or Silence(), retry_errors=retry_errors, selecting=False)
-
-
-def _run(config: Config, progress: Progress, *, retry_errors: bool, selecting: bool) -> Result:
     begun = time.monotonic()
-    base = check(config, selecting=selecting)
+    base = check(config, selecting=False)
     with cluster.connected():
-        job = plan(phases.experienced(base, progress))
-        done = pending.rescore(job, progress) if retry_errors else []
-        done += pending.score(job, progress)
-        finished = job.plan.without({unit.unit_id for unit in done if unit.failure})
-        audited = accounting.audit(finished)
-        summary = summarise(job, finished, done, audited, begun)
-        if not selecting:
-            return Result(summary, finished)
-        result = _select(job, finished, audited, summary, begun)
-        if config.train is None or result.selection is None:
-            return result
-        trained = phases.retrain(plan(base), result.selection, config.train, progress)
-        summary.trained_path = trained.url
-        summary.seconds = round(time.monotonic() - begun, 3)
-        return Result(summary, finished, result.selection, result.survey, trained)
+        scored = _score(base, progress or Silence(), retry_errors, begun)
+    return Result(scored.summary, scored.plan)
 
 
-def experience(config: Config, progress: Progress | None = None) -> Experience:
+def experience(
+    config: Config, progress: Progress | None = None, *, retry_errors: bool = False
+) -> tuple[Finished, Embedded]:
     """Embed every prompt, and write the rows of brief experience.
 
     Raises:
@@ -92,10 +87,11 @@ def experience(config: Config, progress: Progress | None = None) -> Experience:
         raise ConfigError("key 'experience': it is missing. `experience: {}` takes the defaults.")
     checked = check(config, selecting=False)
     with cluster.connected():
-        return phases.experience(checked, config.experience, progress or Silence())
+        embedded = phases.embed(checked, progress or Silence(), retry_errors=retry_errors)
+        return phases.experience(embedded, config.experience), embedded
 
 
-def train(config: Config, progress: Progress | None = None) -> Trained:
+def train(config: Config, progress: Progress | None = None) -> Finished:
     """Train the base model on the cherry subset, which must be there.
 
     Raises:
@@ -104,11 +100,10 @@ def train(config: Config, progress: Progress | None = None) -> Trained:
     """
     if config.train is None:
         raise ConfigError("key 'train': it is missing. `train: {}` takes the defaults.")
+    base = check(config, selecting=True)
     with cluster.connected():
-        selected = select(config).selection
-        assert selected is not None
-        job = plan(check(config, selecting=False))
-        return phases.retrain(job, selected, config.train, progress or Silence())
+        selected, _ = _select(_scored_before(base, time.monotonic()))
+        return phases.retrain(plan(base), selected, config.train, progress or Silence())
 
 
 def compare(config: Config, progress: Progress | None = None) -> Comparison:
@@ -121,12 +116,17 @@ def compare(config: Config, progress: Progress | None = None) -> Comparison:
     """
     if config.compare is None:
         raise ConfigError("key 'compare': it is missing. `compare: {}` takes the defaults.")
+    progress = progress or Silence()
+    train = config.train or TrainConfig()
+    base = check(config, selecting=True)
+    held_out = comparison.open_sets(config.compare, config.output)
     with cluster.connected():
-        selected = run(config.model_copy(update={"train": None}), progress).selection
-        assert selected is not None
-        job = plan(check(config, selecting=False))
-        train = config.train or TrainConfig()
-        return comparison.compare(job, selected, config.compare, train, progress or Silence())
+        cluster.plan_trainers(config.cluster, train)
+        scored = _score(base, progress, retry_errors=False, begun=time.monotonic())
+        selected, _ = _select(scored)
+        return comparison.compare(
+            plan(base), scored.plan, selected, held_out, config.compare, train, progress
+        )
 
 
 def select(config: Config) -> Result:
@@ -138,15 +138,8 @@ def select(config: Config) -> Result:
     begun = time.monotonic()
     checked = check(config, selecting=True)
     with cluster.connected():
-        job = plan(phases.experienced_before(checked))
-        if missing := job.plan.pending(job.plan.parts()):
-            raise InputError(
-                f"{job.plan.scores_url}: {len(missing)} of {len(job.plan.units)} units are not "
-                "scored yet. Run: cherry score CONFIG."
-            )
-        audited = accounting.audit(job.plan)
-        summary = summarise(job, job.plan, [], audited, begun)
-        return _select(job, job.plan, audited, summary, begun)
+        scored = _scored_before(checked, begun)
+        return _result(scored, begun, *_select(scored))
 
 
 def estimate(config: Config, num_scored: int) -> Estimate:
@@ -166,23 +159,75 @@ def gc(config: Config, all_scores: bool, delete: bool, force: bool) -> Garbage:
     """Find what no current input names, and delete it if asked."""
     checked = check(config, selecting=False)
     with cluster.connected():
-        jobs = [plan(phases.experienced_before(checked))]
-        if config.experience is not None:
-            jobs.append(plan(checked, measure="prompt"))
+        jobs = [plan(checked, measure="prompt")] if config.experience else []
+        try:
+            jobs.append(plan(phases.experienced_before(checked)))
+        except NotTrainedError:
+            log.info("brief experience is yet to come: only embeddings are looked at")
         found = garbage.find(jobs, all_scores=all_scores)
     if delete:
         garbage.delete(found, force=force)
     return found
 
 
-def _select(job: Job, finished: Plan, audited: Audit, summary: Summary, begun: float) -> Result:
-    settings = SelectSettings.from_config(job.config.select, job.config.preset.ratio)
-    selected, survey = selection.select(
-        finished, job.corpus, job.config.output, settings, job.score_fp, audited
+@dataclass(frozen=True)
+class _Scored:
+    """An input whose rows all have scores."""
+
+    job: Job
+    plan: Plan
+    """Less units of shards that turned out to be unreadable."""
+    audited: Audit
+    summary: Summary
+
+
+def _score(base: Checked, progress: Progress, retry_errors: bool, begun: float) -> _Scored:
+    job = plan(phases.experienced(base, progress, retry_errors=retry_errors))
+    done = pending.rescore(job, progress) if retry_errors else []
+    done += pending.score(job, progress)
+    finished = job.plan.without({unit.unit_id for unit in done if unit.failure})
+    audited = accounting.audit(finished)
+    return _Scored(job, finished, audited, summarise(job, finished, done, audited, begun))
+
+
+def _scored_before(base: Checked, begun: float) -> _Scored:
+    job = plan(phases.experienced_before(base))
+    if missing := job.plan.pending(job.plan.parts()):
+        raise InputError(
+            f"{job.plan.scores_url}: {len(missing)} of {len(job.plan.units)} units are not "
+            "scored yet. Run: cherry score CONFIG."
+        )
+    audited = accounting.audit(job.plan)
+    return _Scored(job, job.plan, audited, summarise(job, job.plan, [], audited, begun))
+
+
+def _select(scored: _Scored) -> tuple[Finished, Survey | None]:
+    config = scored.job.config
+    settings = SelectSettings.from_config(config.select, config.preset.ratio)
+    return selection.select(
+        scored.plan,
+        scored.job.corpus,
+        config.output,
+        settings,
+        scored.job.score_fp,
+        scored.audited,
     )
-    summary.selected_rows = selected.manifest["selected_rows"]
-    summary.cut = selected.manifest["cut"]
-    summary.cherry_path = selected.url
-    summary.manifest = selected.manifest_url
-    summary.seconds = round(time.monotonic() - begun, 3)
-    return Result(summary, finished, selected, survey)
+
+
+def _result(
+    scored: _Scored,
+    begun: float,
+    selected: Finished,
+    survey: Survey | None,
+    trained: Finished | None = None,
+) -> Result:
+    summary = replace(
+        scored.summary,
+        selected_rows=selected.manifest["selected_rows"],
+        cut=selected.manifest["cut"],
+        cherry_path=selected.url,
+        manifest=selected.manifest_url,
+        trained_path=trained.url if trained else None,
+        seconds=round(time.monotonic() - begun, 3),
+    )
+    return Result(summary, scored.plan, selected, survey, trained)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline.config import Layout
+from pipeline.config_base import Layout
 from pipeline.errors import InputError
 from pipeline.schemas import BAD_LINE
 

@@ -1,5 +1,7 @@
 """The tables that stages hand to each other and to storage, in one place."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -138,6 +140,16 @@ def ids_of(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
     start = array.offset * 16
     data = np.frombuffer(array.buffers()[1] or b"", np.uint8)[start : start + len(array) * 16]
     return data.view("S16") if len(data) else np.empty(0, "S16")
+
+
+def flat_lists(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Offsets and values of a list column, without a Python object per value.
+
+    On small models these would cost as much as scoring does. Row `i` is
+    `values[offsets[i] : offsets[i + 1]]`.
+    """
+    lists = column.combine_chunks()
+    return lists.offsets.to_numpy(), lists.values.to_numpy()
 
 
 def to_ipc(table: pa.Table) -> bytes:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.budgets import SelectSettings
-from pipeline.config import Order
+from pipeline.config_select import Order
 from pipeline.errors import InputError
 from pipeline.rows import take_rows
 from pipeline.units import Plan, Unit

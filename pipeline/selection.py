@@ -15,29 +15,20 @@ paths reach the output.
 import json
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from pipeline import storage
+from pipeline import manifests, storage
 from pipeline.accounting import Audit
 from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows, dealt_rows
 from pipeline.columns import output_schema
 from pipeline.errors import InputError, StorageError
 from pipeline.inputs import Corpus
+from pipeline.manifests import Finished
 from pipeline.ranking import Ranking, rank
 from pipeline.subset import WRITER_VERSION, write_subset
 from pipeline.survey import Survey, survey_parts
 from pipeline.units import Plan, fingerprint
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A finished selection."""
-
-    url: str
-    manifest_url: str
-    manifest: dict[str, Any]
-    """Counts, cuts and parts, as stored."""
 
 
 def select(
@@ -47,7 +38,7 @@ def select(
     settings: SelectSettings,
     score_fp: str,
     audited: Audit,
-) -> tuple[Selection, Survey | None]:
+) -> tuple[Finished, Survey | None]:
     """Select from finished parts and write the cherry subset, its manifest last.
 
     A selection whose manifest exists is not made again, and has no survey. Its fingerprint holds
@@ -70,11 +61,9 @@ def select(
     )
     root = storage.join(storage.absolute(output), "cherry")
     url = storage.join(root, select_fp)
-    manifest_url = storage.join(url, "_MANIFEST.json")
     survey = None
-    if storage.exists(manifest_url):
-        manifest = json.loads(storage.read_bytes(manifest_url))
-    else:
+    selected = manifests.find(url)
+    if selected is None:
         survey, early = survey_parts(plan, settings)
         of = {"all": survey.rows, "scored": survey.scored, "eligible": survey.eligible}
         asked = asked_rows(settings, survey.groups, of[settings.of], survey.eligible)
@@ -105,12 +94,9 @@ def select(
                 f"the first is {changed[0]}.parquet. Another run rescores or deletes them: let it "
                 "end, then run cherry select."
             )
-        data = json.dumps(manifest, indent=1)
-        if not storage.publish(manifest_url, data.encode()):
-            data = storage.read_bytes(manifest_url).decode()  # another driver was first
-        manifest = json.loads(data)
+        selected = manifests.finish(url, manifest)
     _point_latest(output, {"manifest": f"cherry/{select_fp}/_MANIFEST.json"})
-    return Selection(url, manifest_url, manifest), survey
+    return selected, survey
 
 
 def _outcomes(

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipeline.cluster import Workers
 from pipeline.config import TemplateName
-from pipeline.models import ModelRef
+from pipeline.model_files import ModelRef
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.reuse import KnownRows
 from pipeline.schemas import EMBEDDING, PART

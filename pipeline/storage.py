@@ -13,9 +13,9 @@ whole object, or an error that names it.
 import math
 import os
 import tempfile
-import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.atomic import Write, link_file, replace_file
 from pipeline.errors import InputError, StorageError
 from pipeline.s3 import WholeS3FileSystem, says_exists, why
 
@@ -161,9 +162,18 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_many(urls: Iterable[str]) -> Iterator[bytes]:
-    """Whole objects, in order, several under way at a time: small ones are mostly waiting."""
+    """Whole objects, in order, several under way at a time: small ones are mostly waiting.
+
+    No more than these are held: a part of embeddings may have a gigabyte.
+    """
+    under_way: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        yield from pool.map(read_bytes, urls)
+        for url in urls:
+            if len(under_way) == _READERS:
+                yield under_way.popleft().result()
+            under_way.append(pool.submit(read_bytes, url))
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def exists(url: str) -> bool:
@@ -205,39 +215,46 @@ def publish(url: str, data: bytes) -> bool:
     Raises:
         StorageError: It could not be written.
     """
-    fs, path = filesystem(url)
-    with changing(url, f"cannot write {len(data):,} bytes"):
-        if _local(fs):
-            return _link_file(path, _writer(data))
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except OSError as err:
-            if says_exists(err):
-                return False
-            raise
-        return True
+
+    def send(fs: Any, path: str) -> None:
+        fs.pipe_file(path, data, mode="create")
+
+    return _create(url, _writer(data), send, f"cannot write {len(data):,} bytes")
 
 
-def publish_file(url: str, write: Callable[[str], object]) -> bool:
+def publish_file(url: str, write: Write) -> bool:
     """Make the file that `write` makes at a path of this machine appear at `url`, as `publish`.
 
     Raises:
         StorageError: There is no room for it here, or it could not be written there.
     """
-    fs, path = filesystem(url)
-    if _local(fs):
-        with changing(url, "cannot be written"):
-            return _link_file(path, write)
-    with changing(url, "cannot be written"), tempfile.TemporaryDirectory() as folder:
-        temporary = os.path.join(folder, "object")
-        write(temporary)
-        try:
+
+    def send(fs: Any, path: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = os.path.join(folder, "object")
+            write(temporary)
             fs.put_file(temporary, path, mode="create")
+
+    return _create(url, write, send, "cannot be written")
+
+
+def _create(url: str, write: Write, send: Callable[[Any, str], None], what: str) -> bool:
+    """Locally by `write`, elsewhere by `send`, which refuses what is there."""
+    fs, path = filesystem(url)
+    with changing(url, what):
+        if _local(fs):
+            return link_file(path, write)
+        try:
+            send(fs, path)
         except OSError as err:
             if says_exists(err):
                 return False
             raise
         return True
+
+
+def _writer(data: bytes) -> Write:
+    return lambda path: Path(path).write_bytes(data)
 
 
 def replace(url: str, data: bytes) -> None:
@@ -249,7 +266,7 @@ def replace(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
     with changing(url, f"cannot write {len(data):,} bytes"):
         if _local(fs):
-            _replace_file(path, data)
+            replace_file(path, _writer(data))
         else:
             fs.pipe_file(path, data)
 
@@ -263,7 +280,7 @@ def replace_if_unchanged(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
     with changing(url, f"cannot write {len(data):,} bytes"):
         if _local(fs):
-            _replace_file(path, data)
+            replace_file(path, _writer(data))
             return
         fs.invalidate_cache()
         etag = (_info(fs, path) or {}).get("ETag")
@@ -282,51 +299,6 @@ def remove(url: str) -> None:
     fs, path = filesystem(url)
     with changing(url, "cannot be removed"), suppress(FileNotFoundError):
         fs.rm_file(path)
-
-
-def _link_file(path: str, write: Callable[[str], object]) -> bool:
-    with _temporary(path, write) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-    _sync_directory(path)
-    return True
-
-
-def _replace_file(path: str, data: bytes) -> None:
-    with _temporary(path, _writer(data)) as temporary:
-        os.replace(temporary, path)
-    _sync_directory(path)
-
-
-def _writer(data: bytes) -> Callable[[str], object]:
-    return lambda path: Path(path).write_bytes(data)
-
-
-@contextmanager
-def _temporary(path: str, write: Callable[[str], object]) -> Iterator[str]:
-    """A synced file beside `path`, gone in the end whatever happens."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    # A leading dot and no .parquet ending: no listing takes it for a part.
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        yield temporary
-    finally:
-        with suppress(FileNotFoundError):  # os.replace took it
-            os.unlink(temporary)
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _info(fs: Any, path: str) -> dict[str, Any] | None:

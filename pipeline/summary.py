@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.accounting import Audit
@@ -16,7 +17,7 @@ _WARN_OVER_ONE = 0.5
 """Share of scored rows with IFD >= 1 from which something is off, most often the template."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Summary:
     """What a run did."""
 
@@ -41,10 +42,11 @@ class Summary:
     trained_path: str | None = None
     """The model that was trained on the cherry subset."""
 
-    @property
-    def failed_fraction(self) -> float:
-        """Share of rows that count against `max_error_fraction`."""
-        return sum(self.rows_by_status.get(s, 0) for s in FAILED_STATUSES) / max(1, self.rows)
+
+def failed_fraction(rows_by_status: Mapping[str, int]) -> float:
+    """Share of rows that count against `max_error_fraction`."""
+    failed = sum(rows_by_status.get(status, 0) for status in FAILED_STATUSES)
+    return failed / max(1, sum(rows_by_status.values()))
 
 
 def summarise(

@@ -5,14 +5,13 @@ What workers have to say (steps, and what ended them) comes through a queue on t
 """
 
 import functools
-import json
+import gc
 import logging
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -26,13 +25,14 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors import SafetensorError
 
-from pipeline import checkpoints, cluster, errors, models, storage, training_data
+from pipeline import checkpoints, cluster, manifests, models, storage, training_data
 from pipeline.adapters import add_adapters
 from pipeline.batches import count_steps
 from pipeline.cluster import Trainers
 from pipeline.config import ClusterConfig
 from pipeline.errors import CherryError, StorageError, TrainingError
-from pipeline.parallel import wait_for_all
+from pipeline.manifests import Finished
+from pipeline.parallel import agreed
 from pipeline.pending import Progress
 from pipeline.texts import describe_cause
 from pipeline.training_data import Examples
@@ -45,31 +45,13 @@ _MOST_FAILURES = 3
 """Times that workers may be lost in a row; each time the newest checkpoint is gone back to."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A finished training."""
-
-    url: str
-    """A model directory."""
-    manifest_url: str
-    manifest: dict[str, Any]
-
-
 Load = Callable[[], tuple[pa.Table, int]]
 """Gives rows in the EXAMPLES schema, and how many were left out."""
 
 
-def finished(job: TrainJob) -> Trained | None:
-    """The training's result, if it is done already."""
-    if not storage.exists(job.manifest_url):
-        return None
-    manifest = json.loads(storage.read_bytes(job.manifest_url))
-    return Trained(job.url, job.manifest_url, manifest)
-
-
 def train_all(
     planned: Sequence[tuple[TrainJob, Load]], cluster_config: ClusterConfig, progress: Progress
-) -> list[Trained]:
+) -> list[Finished]:
     """Train one after the other what is not done yet, in the same workers.
 
     Args:
@@ -82,16 +64,14 @@ def train_all(
         TrainingError: A loss is not finite, or workers were lost too often.
         StorageError: The disk is full, or the output cannot be written.
     """
-    todo = [(job, load) for job, load in planned if finished(job) is None]
+    todo = [(job, load) for job, load in planned if manifests.find(job.url) is None]
     if todo:
         trainers = cluster.plan_trainers(cluster_config, todo[0][0].config)
-        ready = [_prepare(job, load, trainers) for job, load in todo]
-        _fit(ready, trainers, progress)
-        for job in ready:
-            checkpoints.remove_all(job.checkpoints_url)
-        for url in {job.examples_url for job in ready}:
-            storage.remove(url)
-    return [trained for job, _ in planned if (trained := finished(job)) is not None]
+        _fit([_prepare(job, load, trainers) for job, load in todo], trainers, progress)
+    for job, _ in planned:  # also of one whose driver died after its manifest
+        checkpoints.remove_all(job.checkpoints_url)
+        storage.remove(job.examples_url)
+    return [trained for job, _ in planned if (trained := manifests.find(job.url)) is not None]
 
 
 def _prepare(job: TrainJob, load: Load, trainers: Trainers) -> TrainJob:
@@ -128,7 +108,7 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
             told = message
     said.shutdown()
     for job in jobs:
-        if finished(job) is None:
+        if manifests.find(job.url) is None:
             cause = outcome[0] if outcome else None
             raise told or TrainingError(
                 f"training of {job.url}: its workers were lost {_MOST_FAILURES + 1} times. The "
@@ -175,13 +155,18 @@ def _worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(jobs[0].threads)
     try:
         for job in jobs:
-            if finished(job) is None:
-                _train_here(job, device, said if first else None)
+            # One looks for all: a driver beside this one may finish it between two looks.
+            if agreed(first and manifests.find(job.url) is not None):
+                continue
+            _train_here(job, device, said if first else None)
+            gc.collect()  # a model and its hooks refer to each other in circles
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     except CherryError as err:
         if first:
             said.put(err)
-        if not isinstance(err, TrainingError | errors.ConfigError):
-            raise  # the storage may be well again; the others would find the same once more
+        if not isinstance(err, TrainingError):  # which all workers raise, and would again
+            raise
 
 
 def _train_here(job: TrainJob, device: torch.device, said: Queue | None) -> None:
@@ -211,7 +196,7 @@ def _train_here(job: TrainJob, device: torch.device, said: Queue | None) -> None
     )
     if said is not None:
         publish_model(job, weights, history)
-    wait_for_all()  # the manifest says to all of them that it is done
+        checkpoints.remove_all(job.checkpoints_url)
 
 
 def publish_model(
@@ -219,8 +204,7 @@ def publish_model(
 ) -> None:
     """Write a model directory in the base model's own dtype, its manifest last."""
     files = _publish_files(job, weights) if job.keep_model else []
-    manifest = {**job.manifest, "history": history, "files": files}
-    storage.publish(job.manifest_url, json.dumps(manifest, indent=1).encode())
+    manifests.finish(job.url, {**job.manifest, "history": history, "files": files})
 
 
 def _publish_files(job: TrainJob, weights: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -5,11 +5,12 @@
     ids      ...### Response: Paris is the capital. </s>
     target                     ^^^^^^^^^^^^^^^^^^^^^^^^^   the answer, and the token that ends it
 
-The token that ends an answer is what the template has right after it, where that is a special token
-(`<|im_end|>`), else the tokenizer's EOS after the last answer. An answer that is cut has none.
+What ends an answer is the special token that the template has after it (`<|im_end|>`), else the
+tokenizer's EOS after the last answer. An answer that is cut has no end.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from pipeline import storage
+from pipeline import models, storage
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
-from pipeline.rendering import RenderedSample, Renderer
+from pipeline.rendering import ENDING_TOKENS, RenderedSample, Renderer
 from pipeline.rows import read_rows
 from pipeline.samples import read_samples, sample_id
 from pipeline.schemas import EXAMPLES
@@ -42,7 +43,6 @@ class Examples:
     """Which of the tokens have a loss; never the first of a row."""
     starts: npt.NDArray[np.int64]
     """Of each row, and the end of the last one: shape (rows + 1,)."""
-    sample_ids: npt.NDArray[np.bytes_]
 
     def __len__(self) -> int:
         """Rows."""
@@ -67,12 +67,10 @@ class Examples:
         """From a table in the EXAMPLES schema."""
         table = table.combine_chunks()
         lengths = pc.list_value_length(table["input_ids"]).to_numpy()
-        ids = np.frombuffer(b"".join(table["sample_id"].to_pylist()), "S16")
         return cls(
             ids=pc.list_flatten(table["input_ids"]).to_numpy(),
             targets=pc.list_flatten(table["is_target"]).to_numpy(zero_copy_only=False),
             starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-            sample_ids=ids,
         )
 
     @classmethod
@@ -81,21 +79,26 @@ class Examples:
         return cls.from_table(pq.read_table(pa.BufferReader(storage.read_bytes(url))))
 
 
+def tokenise_rows(units: Sequence[Unit], settings: ScoringSettings) -> tuple[pa.Table, int]:
+    """Render and tokenise the rows of units, in Ray tasks.
+
+    Returns:
+        The rows that can be trained on, in the EXAMPLES schema and in the order of the units, and
+        how many cannot: without an answer that fits, or with a token that the model lacks.
+    """
+    # A loss needs no pairs: every token of an answer has one.
+    settings = replace(settings, pair_tokens=False)
+    found = ray.get([_tokenise.remote(unit, settings) for unit in units])
+    table = pa.concat_tables([EXAMPLES.empty_table(), *(table for table, _ in found)])
+    return table, sum(left_out for _, left_out in found)
+
+
 def tokenise_corpus(
     corpus: Corpus, settings: ScoringSettings, max_rows: int | None = None
 ) -> tuple[pa.Table, int]:
-    """Render and tokenise all rows of a corpus, or the first so many, in Ray tasks.
-
-    Returns:
-        The rows that can be trained on, in the EXAMPLES schema and in the order of the corpus, and
-        how many cannot.
-    """
+    """The same of all rows of a corpus, or of the first so many."""
     plan = make_plan(corpus, "memory://none", "examples", _ROWS_PER_TASK, 0, max_rows)
-    # A loss needs no pairs: every token of an answer has one.
-    settings = replace(settings, pair_tokens=False)
-    found = ray.get([_tokenise.remote(unit, settings) for unit in plan.units])
-    table = pa.concat_tables([EXAMPLES.empty_table(), *(table for table, _ in found)])
-    return table, sum(left_out for _, left_out in found)
+    return tokenise_rows(plan.units, settings)
 
 
 def save_examples(url: str, table: pa.Table) -> None:
@@ -108,11 +111,14 @@ def save_examples(url: str, table: pa.Table) -> None:
 @ray.remote
 def _tokenise(unit: Unit, settings: ScoringSettings) -> tuple[pa.Table, int]:
     rendering = renderer(settings)
+    num_embeddings = models.load_config(settings.model).get_text_config().vocab_size
     samples = list(read_samples(read_rows(unit), unit.columns))
     columns: list[list[object]] = [[], [], []]
     for sample, rendered in zip(samples, rendering(samples), strict=True):
         if rendered.status == "ok":
             ids, targets = _example(rendered, rendering)
+            if ids.max() >= num_embeddings:
+                continue
             values = (sample_id(sample.messages), ids, targets)
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
@@ -123,18 +129,33 @@ def _tokenise(unit: Unit, settings: ScoringSettings) -> tuple[pa.Table, int]:
 def _example(
     rendered: RenderedSample, rendering: Renderer
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Token ids of a row, and which of them have a loss."""
     ids = list(rendered.input_ids)
-    eos = rendering.tokenizer.eos_token_id
-    endings = rendering.special_ids if eos is None else rendering.special_ids | {eos}
-    ending = rendered.next_id if rendered.next_id in endings else eos
-    if not rendered.truncated and ending is not None and len(ids) < rendering.max_length:
-        ids.append(ending)
+    if not rendered.truncated:
+        ids += _ending(rendered.next_ids, rendering, last=True)
+        del ids[max(len(rendered.input_ids), rendering.max_length) :]
     targets = np.zeros(len(ids), np.bool_)
     for turn in rendered.turns:
-        targets[turn.conditioned_start : turn.end] = True
-        if turn.num_conditioned and turn.end < len(ids) and ids[turn.end] in endings:
-            targets[turn.end] = True
+        if turn.num_conditioned:
+            ending = _ending(ids[turn.end : turn.end + ENDING_TOKENS], rendering, last=False)
+            targets[turn.conditioned_start : turn.end + len(ending)] = True
     return np.array(ids, np.int32), targets
+
+
+def _ending(after: Sequence[int], rendering: Renderer, *, last: bool) -> list[int]:
+    """What ends an answer, going by the tokens after it: up to the first special one.
+
+    Between them there may be white space, such as a line break before `<|im_end|>`. Where the
+    render of a `last` answer goes on with nothing else, it is the tokenizer's EOS; where it goes on
+    with text, such as a tool call, the answer does not end there.
+    """
+    eos = rendering.tokenizer.eos_token_id
+    for number, token in enumerate(after):
+        if token in rendering.special_ids or token == eos:
+            return list(after[: number + 1])
+        if str(rendering.tokenizer.decode([token])).strip():
+            return []
+    return [eos] if last and eos is not None else []
 
 
 def refuse_empty(table: pa.Table, left_out: int, what: str) -> None:

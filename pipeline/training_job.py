@@ -2,8 +2,8 @@
 
 ::
 
-    <output>/training/rows/<fp>.parquet                  tokens of all rows, for the workers
-    <output>/training/<train_fp>/checkpoints/step-*.pt   the newest two, until it is done
+    <output>/training/<train_fp>/rows.parquet            tokens of all rows, for the workers
+                                 checkpoints/step-*.pt   the newest two; gone when it is done
     <output>/models/<train_fp>/                          config, safetensors, tokenizer
                                _MANIFEST.json            written last: with it the model is done
 
@@ -18,7 +18,7 @@ import torch
 from pipeline import cluster, engine, models, storage
 from pipeline.config_training import TrainConfig
 from pipeline.job import Job
-from pipeline.models import ModelRef
+from pipeline.model_files import ModelRef
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.samples import CANONICALISER_VERSION
 from pipeline.tokenising import renderer
@@ -29,16 +29,6 @@ TRAINING_VERSION = 1
 # Where a training runs, how much of it is held at once and how often it is saved: the loss of a
 # step is the same but for rounding.
 _NO_PART_OF_A_MODEL = {"workers", "gpus_per_replica", "max_batch_tokens", "checkpoint_steps"}
-
-_SHAPE_TOKENS = (
-    "rows_sha256",
-    "tokenizer",
-    "template",
-    "max_length",
-    "eos_token_id",
-    "rendering_version",
-    "canonicaliser_version",
-)
 
 
 @dataclass(frozen=True)
@@ -76,15 +66,9 @@ class TrainJob:
         return storage.join(self.output, folder, self.train_fp)
 
     @property
-    def manifest_url(self) -> str:
-        """The object that says it is done."""
-        return storage.join(self.url, "_MANIFEST.json")
-
-    @property
     def examples_url(self) -> str:
-        """Tokens of all rows, for all trainings on them."""
-        rows_fp = fingerprint({name: self.manifest[name] for name in _SHAPE_TOKENS})
-        return storage.join(self.output, "training", "rows", f"{rows_fp}.parquet")
+        """Tokens of all rows."""
+        return storage.join(self.output, "training", self.train_fp, "rows.parquet")
 
     @property
     def checkpoints_url(self) -> str:

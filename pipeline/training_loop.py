@@ -9,6 +9,7 @@ A step's loss is the mean over the answers' tokens of all its rows, so that neit
 workers weigh rows.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 
 from pipeline import batches, checkpoints
 from pipeline.config_training import TrainConfig
-from pipeline.engine import Engine
 from pipeline.errors import TrainingError
 from pipeline.parallel import parallel, rank, sum_over_workers, synchronised, world_size
+from pipeline.probe import find_fault
 from pipeline.response_loss import ResponseLoss, evaluate, forward_pack
 from pipeline.training_data import Examples
+
+log = logging.getLogger("cherry")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class StepDone:
     """Nats a token of the answers, before the step."""
     grad_norm: float
     """Before clipping."""
-    learning_rate: float
     tokens: int
     """Of all rows of the step, over all workers."""
     seconds: float
@@ -82,11 +84,14 @@ def train(
         TrainingError: A loss or a gradient is not finite; no step was made with it.
     """
     world = world_size()
-    packed = Engine(model, max_length=max_length).mode == "packed"
+    fault = find_fault(model, max_length, dtype)
+    if fault:
+        name = type(model).__name__
+        log.warning("%s: %s; training in padded batches instead, which is slower", name, fault)
     # The model's own dropout stays off: packed attention has none, and few epochs need none.
     for name, module in model.named_modules():
         module.train(name.endswith("lora_dropout.default"))
-    wrapped = parallel(ResponseLoss(model, packed), model, config.gpus_per_replica, dtype)
+    wrapped = parallel(ResponseLoss(model, fault is None), model, config.gpus_per_replica, dtype)
     optimizer = _optimizer(model, config)
     num_steps = batches.count_steps(len(examples), config)
     start = 0
@@ -115,7 +120,6 @@ def train(
             num_steps=num_steps,
             loss=loss,
             grad_norm=norm,
-            learning_rate=rate,
             tokens=int(lengths[rows].sum()),
             seconds=time.monotonic() - begun,
         )

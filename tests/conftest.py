@@ -1,13 +1,17 @@
 """Fixtures: tiny models built on the spot, one local Ray, one SeaweedFS server."""
 
 import json
+import multiprocessing
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +157,21 @@ def config_for(tmp_path: Path, model_dir: Path) -> Callable[..., Any]:
         return config.parse(raw)
 
     return build
+
+
+def on_a_full_disk(function: Callable[..., Any], *args: Any) -> None:
+    """Call it in a process whose files may not grow over 10 kB, and raise what it raises.
+
+    Not in this process: its own output may be a file, and a longer one.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(_limited, function, *args).result()
+
+
+def _limited(function: Callable[..., Any], *args: Any) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an OSError, as a full disk gives
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    function(*args)
 
 
 @pytest.fixture(scope="session")

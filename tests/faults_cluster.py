@@ -25,7 +25,7 @@ _AT_REST = re.compile(
     r"ray::(IDLE|DashboardAgent|RuntimeEnvAgent|_StatsActor|_?AutoscalingCoordinator"
     r"|ActorLocationTracker|_UsageCollectionActor)"
 )
-_SCORER = re.compile(r"ray::.*UnitScorer")
+SCORER = re.compile(r"ray::.*UnitScorer")
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = _DEADLINE_S) -> Any:
@@ -40,13 +40,14 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = _DEA
 class Machines:
     """A Ray cluster: a head without CPUs, where drivers attach, and worker nodes that may die."""
 
-    def __init__(self, num_workers: int, folder: str) -> None:
+    def __init__(self, num_workers: int, folder: str, dashboard: bool) -> None:
         self._cluster = Cluster()
         # A dead raylet refuses its health checks; three in half a second each, instead of 25 s.
         health = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
         self._cluster.add_node(
             num_cpus=0,
-            include_dashboard=False,
+            include_dashboard=dashboard,
+            dashboard_port=0,  # any that is free
             object_store_memory=150_000_000,
             temp_dir=folder,
             _system_config=health,
@@ -57,6 +58,11 @@ class Machines:
     @property
     def address(self) -> str:
         return str(self._cluster.address)
+
+    @property
+    def dashboard(self) -> str:
+        """Where jobs are submitted."""
+        return f"http://{self._cluster.webui_url}"
 
     def restore(self) -> None:
         """Add worker nodes until there are as many as at first, in place of dead ones."""
@@ -76,7 +82,7 @@ class Machines:
 
     def kill_scorer(self, pick: float) -> str:
         """SIGKILL the process of one scoring actor; empty if there is none."""
-        scorers = self.workers(_SCORER)
+        scorers = self.workers(SCORER)
         if not scorers:
             return ""
         process = _pick(sorted(scorers, key=lambda p: p.pid), pick)
@@ -85,7 +91,7 @@ class Machines:
 
     def scores(self) -> bool:
         """Whether a scoring actor lives."""
-        return bool(self.workers(_SCORER))
+        return bool(self.workers(SCORER))
 
     def await_rest(self) -> None:
         """Wait until nothing of any job runs: no task, no actor."""
@@ -113,24 +119,27 @@ class Machines:
 
 
 @contextmanager
-def machines(num_workers: int) -> Iterator[Machines]:
+def machines(num_workers: int, *, dashboard: bool = False) -> Iterator[Machines]:
     """A cluster whose workers find the pipeline and the trace's hook, wherever pytest was begun."""
-    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
-    before = os.environ.get("PYTHONPATH")
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PATH")}
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), before["PYTHONPATH"]]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # A job's `python` is that of the environment in which its cluster was started.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before['PATH']}"
     # Short: Ray's sockets lie in it, and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(
         prefix="cherry-", dir="/tmp", ignore_cleanup_errors=True
     ) as folder:
-        cluster = Machines(num_workers, folder)
+        cluster = Machines(num_workers, folder, dashboard)
         try:
             yield cluster
         finally:
             cluster.stop()
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 def _processes(node: Any) -> list[psutil.Process]:

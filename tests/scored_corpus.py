@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from pipeline import selection
 from pipeline.accounting import audit
 from pipeline.budgets import SelectSettings
-from pipeline.config import InputConfig, SelectConfig
+from pipeline.config import InputConfig
+from pipeline.config_select import SelectConfig
 from pipeline.inputs import Corpus, open_corpus
+from pipeline.manifests import Finished
 from pipeline.schemas import PART
-from pipeline.selection import Selection
 from pipeline.survey import Survey
 from pipeline.units import Plan, make_plan
 
@@ -110,23 +111,23 @@ def wanted(by: Any = "ifd_loss_ratio", **config: Any) -> SelectSettings:
 
 def select(
     plan: Plan, corpus: Corpus, output: str, settings: SelectSettings, score_fp: str
-) -> tuple[Selection, Survey | None]:
+) -> tuple[Finished, Survey | None]:
     return selection.select(plan, corpus, output, settings, score_fp, audit(plan))
 
 
 def select_into(
     folder: Path, plan: Plan, corpus: Corpus, **config: Any
-) -> tuple[Selection, list[str]]:
+) -> tuple[Finished, list[str]]:
     """Select, and name the rows that came out, in their order."""
     found, _ = select(plan, corpus, str(folder / "out"), wanted(**config), "fp")
     return found, names_of(found)
 
 
-def names_of(found: Selection) -> list[str]:
+def names_of(found: Finished) -> list[str]:
     return read(found)["instruction"].to_pylist() if found.manifest["parts"] else []
 
 
-def read(found: Selection) -> pa.Table:
+def read(found: Finished) -> pa.Table:
     """All output parts in their order, checked against their manifest."""
     tables = []
     for part in found.manifest["parts"]:

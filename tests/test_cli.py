@@ -412,7 +412,7 @@ def test_the_commands_and_their_options_are_pinned() -> None:
         "run": scoring,
         "score": scoring,
         "select": common,
-        "experience": common,
+        "experience": scoring,
         "train": common,
         "compare": common,
         "gc": gc,

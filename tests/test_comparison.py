@@ -34,7 +34,6 @@ def test_arms_have_the_rows_or_the_tokens_of_the_subset() -> None:
     whole = examples(*lengths)
     cherry = whole.take(pa.array(np.argsort(lengths)[-40:]))  # the longest
     assert _draw("cherry", 1, cherry, whole) == cherry
-    assert _draw("all", 1, cherry, whole) == whole
     rows = [_draw("random_rows", seed, cherry, whole) for seed in (1, 1, 2)]
     assert [len(t) for t in rows] == [40, 40, 40]
     assert ids(rows[0]) == ids(rows[1]) != ids(rows[2])
@@ -82,7 +81,7 @@ def said(found: dict[str, Any]) -> str:
     [
         ([1.0, 1.01, 0.99], [1.2, 1.21, 1.19], "better by 0.2000\n"),
         ([1.2, 1.21, 1.19], [1.0, 1.01, 0.99], "worse by 0.2000\n"),
-        ([1.0, 1.1, 0.9], [1.01, 1.11, 0.91], "better by 0.0100, which chance explains (0.1633)\n"),
+        ([1.0, 1.1, 0.9], [1.01, 1.11, 0.91], "better by 0.0100, which chance explains (0.2267)\n"),
         ([1.0], [1.2], "better by 0.2000, of one seed\n"),
     ],
 )

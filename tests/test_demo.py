@@ -11,7 +11,7 @@ import torch
 from conftest import REPOSITORY
 from test_metric import tokens_table
 
-from pipeline import inputs, models
+from pipeline import inputs, model_files, models
 from pipeline.config import ModelConfig, load
 from pipeline.engine import Engine
 from pipeline.metric import score_table
@@ -47,7 +47,7 @@ def test_corpus_has_what_its_page_says(rows: pa.Table) -> None:
 
 @pytest.mark.smollm2
 def test_planted_answers_land_where_they_must(rows: pa.Table, smollm2: Path) -> None:
-    ref = models.resolve(ModelConfig(path=str(smollm2)))
+    ref = model_files.resolve(ModelConfig(path=str(smollm2)))
     tokenizer = models.load_tokenizer(ref)
     engine = Engine(models.load(ref, torch.float32, torch.device("cpu")))
     renderer = Renderer(tokenizer, "chat", 2048, True)

@@ -287,7 +287,7 @@ def test_mean_hidden_states_equal_plain_transformers(
 ) -> None:
     model = tiny_model("Llama")
     if mode == "padded":
-        monkeypatch.setattr(Engine, "_probe", lambda *_: "of a test")
+        monkeypatch.setattr("pipeline.engine.find_fault", lambda *_: "of a test")
     sequences = sequences_of([9, 30, 2, 17])
     losses = Engine(model, 32).score(sequences, hidden=True)
     model.set_attn_implementation("eager")

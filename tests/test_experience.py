@@ -14,11 +14,10 @@ import transformers
 from conftest import ROWS, read_parts, write_parquet
 from sklearn.cluster import KMeans
 
-from pipeline import experience as experiences
-from pipeline import run
+from pipeline import clustering, run
+from pipeline.clustering import sample_clusters
 from pipeline.config_training import ExperienceConfig
-from pipeline.errors import ConfigError, InputError
-from pipeline.experience import sample_clusters
+from pipeline.errors import ConfigError
 from pipeline.storage import list_objects
 from pipeline.templates import TEXT_TEMPLATES
 
@@ -65,7 +64,7 @@ def test_sampling_by_hand() -> None:
 def test_the_subset_equals_a_plain_version(
     ray_local: None, config_for: ConfigFor, corpus: Path, model_dir: Path
 ) -> None:
-    found = run.experience(config_for(corpus, experience=SETTINGS, score={"unit_rows": 7}))
+    found, _ = run.experience(config_for(corpus, experience=SETTINGS, score={"unit_rows": 7}))
 
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
@@ -105,7 +104,7 @@ def test_units_and_workers_do_not_change_the_subset_and_a_rerun_does_nothing(
         config_for(corpus, experience=SETTINGS, output=str(tmp_path / name), score={"unit_rows": n})
         for name, n in (("one", 40), ("other", 6))
     )
-    tables = [pq.read_table(run.experience(c).url + "/part-00000.parquet") for c in (one, other)]
+    tables = [pq.read_table(run.experience(c)[0].url + "/part-00000.parquet") for c in (one, other)]
     assert tables[0].drop_columns("prompt_ppl") == tables[1].drop_columns("prompt_ppl")
     before = list_objects(str(tmp_path / "one"))
     run.experience(one)
@@ -116,9 +115,9 @@ def test_units_and_workers_do_not_change_the_subset_and_a_rerun_does_nothing(
 def test_a_large_corpus_is_fitted_to_a_sample(
     ray_local: None, config_for: ConfigFor, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiences, "MOST_EXACT_ROWS", 30)
-    monkeypatch.setattr(experiences, "_MOST_SAMPLED_ROWS", 25)
-    found = run.experience(config_for(corpus, experience=SETTINGS))
+    monkeypatch.setattr(clustering, "MOST_EXACT_ROWS", 30)
+    monkeypatch.setattr(clustering, "MOST_SAMPLED_ROWS", 25)
+    found, _ = run.experience(config_for(corpus, experience=SETTINGS))
     assert found.manifest["fitted_rows"] == 25
     assert sum(c["rows"] for c in found.manifest["clusters"]) == len(ROWS)
     assert 0 < found.manifest["selected_rows"] <= 10
@@ -128,8 +127,9 @@ def test_a_large_corpus_is_fitted_to_a_sample(
 def test_fewer_rows_than_clusters_are_refused(
     ray_local: None, config_for: ConfigFor, corpus: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"got 41, expected at most 40, the prompts of the input"):
+    with pytest.raises(ConfigError, match=r"clusters': got 41, expected at most 40, the rows of"):
         run.experience(config_for(corpus, experience={"clusters": 41}))
+    assert not (tmp_path / "out" / "embeddings").exists()  # known from the footers
     assert not (tmp_path / "out" / "experience").exists()
 
 
@@ -140,7 +140,7 @@ def test_prompts_that_are_alike_leave_clusters_empty(
     rows = [{"instruction": f"one {i % 2}", "input": "", "output": f"two {i}"} for i in range(12)]
     rows += [{"instruction": "three", "input": "", "output": ""}]  # nothing to learn from
     write_parquet(tmp_path / "alike" / "a.parquet", rows)
-    found = run.experience(
+    found, _ = run.experience(
         config_for(tmp_path / "alike", experience={"clusters": 4, "per_cluster": 3})
     )
     assert found.manifest["empty_clusters"] == 2

@@ -9,8 +9,9 @@ import pytest
 from conftest import tiny_model
 
 from pipeline.budgets import SelectSettings
-from pipeline.config import Config, SelectConfig
+from pipeline.config import Config
 from pipeline.config_faults import all_keys
+from pipeline.config_select import SelectConfig
 from pipeline.config_training import TrainConfig
 from pipeline.job import check, plan
 from pipeline.training_job import plan_training

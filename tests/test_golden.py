@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_metric import tokens_table
 
-from pipeline import models
+from pipeline import model_files, models
 from pipeline.config import PRESETS, ModelConfig
 from pipeline.engine import Engine
 from pipeline.metric import score_table
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.smollm2
 
 @pytest.fixture(scope="module")
 def resident(smollm2: Path) -> tuple[Engine, Any]:
-    ref = models.resolve(ModelConfig(path=str(smollm2)))
+    ref = model_files.resolve(ModelConfig(path=str(smollm2)))
     model = models.load(ref, torch.float32, torch.device("cpu"))
     return Engine(model), models.load_tokenizer(ref)
 

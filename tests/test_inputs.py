@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pipeline import footers, ingest, inputs
 from pipeline.budgets import SelectSettings
 from pipeline.columns import output_schema
-from pipeline.config import InputConfig, SelectConfig
+from pipeline.config import InputConfig
+from pipeline.config_select import SelectConfig
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
 from pipeline.samples import read_samples

@@ -14,13 +14,13 @@ import torch
 from conftest import REPOSITORY, make_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 
-from pipeline import models
+from pipeline import model_files, models
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 
 
-def resolve(path: Path, cache: Path, **options: str) -> models.ModelRef:
-    return models.resolve(ModelConfig(path=str(path), cache_dir=str(cache), **options))
+def resolve(path: Path, cache: Path, **options: str) -> model_files.ModelRef:
+    return model_files.resolve(ModelConfig(path=str(path), cache_dir=str(cache), **options))
 
 
 def test_a_directory_is_identified_by_its_weights_content(model_dir: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_changed_config_is_another_model(model_dir: Path, tmp_path: Path) -> N
 _RESOLVE = """
 import sys
 from pipeline.config import ModelConfig
-from pipeline.models import resolve
+from pipeline.model_files import resolve
 for revision in (None, sys.argv[1]):
     print(resolve(ModelConfig(path="org/tiny", revision=revision)).fingerprint)
 """
@@ -102,7 +102,7 @@ def _make_slowly(cache: str, log: str, barrier: Any) -> None:
         Path(into, "file").write_text("content")
 
     barrier.wait()
-    models._once(cache, "thing", make)
+    model_files._once(cache, "thing", make)
 
 
 def test_two_processes_make_a_cached_model_once(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def _die_halfway(cache: str) -> None:
         Path(into, "file").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    models._once(cache, "thing", make)
+    model_files._once(cache, "thing", make)
 
 
 def test_a_process_that_is_killed_leaves_no_half_model_and_no_lock(tmp_path: Path) -> None:
@@ -134,18 +134,18 @@ def test_a_process_that_is_killed_leaves_no_half_model_and_no_lock(tmp_path: Pat
     worker.start()
     worker.join(timeout=120)
     assert worker.exitcode == -signal.SIGKILL
-    made = models._once(str(tmp_path), "thing", lambda into: _write(into, "whole"))
+    made = model_files._once(str(tmp_path), "thing", lambda into: _write(into, "whole"))
     assert Path(made, "file").read_text() == "whole"
 
 
 def test_a_damaged_cached_model_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = Path(models._once(str(tmp_path), "thing", lambda into: _write(into, "whole")))
-    kept = models._once(str(tmp_path), "thing", lambda into: _write(into, "never"))
+    made = Path(model_files._once(str(tmp_path), "thing", lambda into: _write(into, "whole")))
+    kept = model_files._once(str(tmp_path), "thing", lambda into: _write(into, "never"))
     assert Path(kept, "file").read_text() == "whole"
     (made / "file").write_text("wh0le")
-    again = models._once(str(tmp_path), "thing", lambda into: _write(into, "new"))
+    again = model_files._once(str(tmp_path), "thing", lambda into: _write(into, "new"))
     assert Path(again, "file").read_text() == "new"
     assert "damaged" in caplog.text
 
@@ -162,7 +162,7 @@ def test_tokenizers_are_told_apart() -> None:
 
 @pytest.mark.smollm2
 def test_gguf_converts_to_the_same_tokens_and_finite_weights(smollm2: Path) -> None:
-    ref = models.resolve(ModelConfig(path=str(smollm2)))
+    ref = model_files.resolve(ModelConfig(path=str(smollm2)))
     assert ref.fingerprint.startswith("sha256:b179c9523d0e6a0f")
     tokenizer = models.load_tokenizer(ref)
     assert tokenizer.chat_template
@@ -197,11 +197,11 @@ def test_a_model_at_a_url_is_identified_by_all_that_is_fetched(
 ) -> None:
     copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
     url = f"file://{copy}"
-    before = models.resolve(ModelConfig(path=url, cache_dir=str(tmp_path / "cache")))
+    before = model_files.resolve(ModelConfig(path=url, cache_dir=str(tmp_path / "cache")))
     tokenizer = copy / "tokenizer_config.json"
     tokenizer.write_text(tokenizer.read_text().replace("</s>", "<s>"))
-    after = models.resolve(ModelConfig(path=url, cache_dir=str(tmp_path / "cache")))
+    after = model_files.resolve(ModelConfig(path=url, cache_dir=str(tmp_path / "cache")))
     assert after.fingerprint != before.fingerprint
     with pytest.raises(ModelError, match="changed since this run began"):
-        models.local_directory(before)  # what is there now is not what was resolved
+        model_files.local_directory(before)  # what is there now is not what was resolved
     assert models.load_tokenizer(after).eos_token == "<s>"

@@ -14,7 +14,7 @@ from conftest import CHATML, ROWS, make_tokenizer, read_parts, tiny_model, write
 from rich.console import Console
 from test_metric import alpaca, oracle_means, tokens_table
 
-from pipeline import models, report, run
+from pipeline import model_files, report, run
 from pipeline.config import PRESETS, ModelConfig
 from pipeline.engine import Engine
 from pipeline.errors import InputError, ModelError
@@ -190,7 +190,7 @@ def _duplicates(result: run.Result) -> int:
 @pytest.mark.parametrize("path", ["/no/such/model", "./nowhere", "gpt2-that-is-not/here", "gpt2"])
 def test_14_a_model_that_does_not_exist_is_refused(path: str) -> None:
     with pytest.raises(ModelError, match=re.escape(path)):
-        models.resolve(ModelConfig(path=path))
+        model_files.resolve(ModelConfig(path=path))
 
 
 def test_15_the_user_s_last_message_is_never_scored() -> None:

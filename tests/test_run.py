@@ -17,6 +17,7 @@ from conftest import REPOSITORY, ROWS, make_tokenizer, read_parts, write_parquet
 from pipeline import recovery, run, scoring
 from pipeline.errors import ShardError
 from pipeline.schemas import PART
+from pipeline.summary import failed_fraction
 
 pytestmark = pytest.mark.ray
 ConfigFor = Callable[..., Any]
@@ -221,7 +222,7 @@ def test_statuses_add_up_and_unscored_rows_are_never_selected(
     assert summary.rows_by_status == {
         "empty_response": 1, "malformed": 1, "ok": 6, "prompt_overlong": 1,
     }  # fmt: skip
-    assert summary.failed_fraction == pytest.approx(1 / 9)
+    assert failed_fraction(summary.rows_by_status) == pytest.approx(1 / 9)
     assert summary.selected_rows == 6
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scored_corpus import EDGES, FINITE, wanted
 
-from pipeline.config import Order
+from pipeline.config_select import Order
 from pipeline.parts import to_parquet
 from pipeline.samples import Columns
 from pipeline.schemas import PART

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -14,13 +13,13 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import tiny_model, write_parquet
+from conftest import on_a_full_disk, tiny_model, write_parquet
 
-from pipeline import run, storage
+from pipeline import manifests, run, storage
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError, InputError, ModelError, StorageError, TrainingError
 from pipeline.job import check, plan
-from pipeline.training import finished, publish_model
+from pipeline.training import publish_model
 from pipeline.training_job import plan_training
 from pipeline.training_loop import StepDone
 
@@ -243,7 +242,7 @@ def test_bad_input_is_refused_before_anything_is_trained(
     with pytest.raises(InputError, match=r"not trained yet under .* Run: cherry run CONFIG"):
         run.select(config_for(corpus, experience={"clusters": 2}))
     none = config_for(corpus, train={}, select={"count": 0})
-    with pytest.raises(InputError, match="the cherry subset has no rows"):
+    with pytest.raises(InputError, match="the subset has no rows"):
         run.run(none)
     bare = tmp_path / "bare"
     tiny_model("Llama").save_pretrained(bare)
@@ -279,13 +278,8 @@ def test_a_model_that_finds_no_room_is_no_model(
 ) -> None:
     job = plan(check(config_for(corpus), selecting=False))
     planned = plan_training(job, "rows", "digest", TrainConfig())
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(StorageError, match=r"the trained model cannot be written: .* Free"):
-            publish_model(planned, {}, [])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(StorageError, match=r"the trained model cannot be written: .* Free"):
+        on_a_full_disk(publish_model, planned, {}, [])
     assert not (tmp_path / "out/models").exists()
     publish_model(planned, {}, [])
-    assert finished(planned) is not None
+    assert manifests.find(planned.url) is not None

@@ -41,11 +41,27 @@ def test_a_chat_ends_with_its_own_token() -> None:
     assert losses == ["three four<|im_end|>", "five<|im_end|>"]
 
 
+def test_white_space_before_the_end_belongs_to_it() -> None:
+    template = CHATML.replace("<|im_end|>", "\n<|im_end|>")
+    renderer = Renderer(make_tokenizer(chat_template=template), "chat", 512, False)
+    text, losses = example(renderer, USER, ANSWER, USER, Message("assistant", "five"))
+    assert text.endswith("five\n<|im_end|>")
+    assert losses == ["three four\n<|im_end|>", "five\n<|im_end|>"]
+
+
+def test_an_answer_that_goes_on_does_not_end() -> None:
+    template = CHATML.replace("<|im_end|>", " and a call <|im_end|>")
+    renderer = Renderer(make_tokenizer(chat_template=template), "chat", 512, False)
+    text, losses = example(renderer, USER, ANSWER)
+    assert text.endswith("three four")
+    assert losses == ["three four"]
+
+
 def test_turns_of_a_text_template_end_with_eos() -> None:
     renderer = Renderer(make_tokenizer(), "vicuna", 512, False)
     text, losses = example(renderer, USER, ANSWER, USER, Message("assistant", "five"))
     assert text.count("</s>") == 2
-    assert losses == [" three four</s>", " five</s>"] or losses == ["three four</s>", "five</s>"]
+    assert losses == ["three four</s>", "five</s>"]
 
 
 def test_an_answer_that_is_cut_does_not_end() -> None:
@@ -77,7 +93,6 @@ def test_examples_lie_end_to_end() -> None:
     assert examples.starts.tolist() == [0, 3, 5]
     assert examples.lengths.tolist() == [3, 2]
     assert examples.num_targets == 2
-    assert examples.sample_ids.tolist() == [b"a" * 16, b"b" * 16]
 
 
 def test_nothing_to_train_on_is_refused() -> None:

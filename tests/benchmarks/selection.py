@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline import accounting, selection
 from pipeline.budgets import SelectSettings, asked_rows
-from pipeline.config import InputConfig, SelectConfig
+from pipeline.config import InputConfig
+from pipeline.config_select import SelectConfig
 from pipeline.inputs import Corpus, open_corpus
 from pipeline.parts import to_parquet
 from pipeline.ranking import rank

@@ -1,0 +1,66 @@
+"""One forward pass of sequences that lie end to end: packed, or padded the model's own way."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.attention import PACKED
+
+
+# T=tokens of all sequences, M=hidden size, V=vocabulary, B=sequences, L=longest of them
+def hidden_packed(model: Any, lengths: list[int], ids_T: Tensor) -> Tensor:
+    """Last hidden states of a pack of sequences that lie end to end, shape (T, M)."""
+    device = model.device
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions_T = torch.cat([torch.arange(n) for n in lengths])
+    _use_attention(model, PACKED)
+    output = model.base_model(
+        input_ids=ids_T.unsqueeze(0).to(device),
+        position_ids=positions_T.unsqueeze(0).to(device),
+        use_cache=False,
+        cu_seq_lens_q=bounds.to(device),
+        max_length_q=max(lengths),
+    )
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def run_padded(
+    model: Any, lengths: list[int], ids_T: Tensor, *, hidden: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The slow, sure way: right-padded, the model's own eager attention and its own logits.
+
+    Args:
+        model: A transformers causal LM.
+        lengths: Of the sequences.
+        ids_T: Their tokens.
+        hidden: Also give the last hidden states; to do so, transformers keeps those of all layers.
+
+    Returns:
+        Logits of shape (T, V), in the model's dtype, and hidden states of shape (T, M) or None.
+    """
+    rows = list(torch.split(ids_T, lengths))
+    ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
+    mask_BL = mask_BL.to(model.device)
+    _use_attention(model, "eager")
+    output = model(
+        input_ids=ids_BL,
+        attention_mask=mask_BL.long(),
+        use_cache=False,
+        output_hidden_states=hidden,
+    )
+    return output.logits[mask_BL], output.hidden_states[-1][mask_BL] if hidden else None
+
+
+def run_alone(model: Any, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    """One sequence through the model's own eager attention: logits and last hidden states."""
+    inputs = {"input_ids": ids_T.unsqueeze(0).to(model.device), "use_cache": False}
+    _use_attention(model, "eager")
+    hidden_TM = model.base_model(**inputs).last_hidden_state[0]
+    return model(**inputs).logits[0], hidden_TM
+
+
+def _use_attention(model: Any, implementation: str) -> None:
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)

@@ -1,0 +1,313 @@
+"""`cherry submit`: a command as a job of a Ray cluster, followed to its end.
+
+Ray keeps a job's entrypoint, metadata and environment variables in a record that everyone who
+reaches the cluster can read. So no secret travels: what looks like one is refused, and the cluster
+brings its own. The config travels in the job's working directory, and with it this package, unless
+the cluster has it installed.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import aiohttp
+from packaging.requirements import Requirement
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from pipeline import __version__
+from pipeline.config import Config, load
+from pipeline.config_faults import carries_credentials
+from pipeline.errors import EXIT_FAILED, ClusterError, ConfigError
+from pipeline.texts import describe_cause
+from pipeline.units import fingerprint
+
+T = TypeVar("T")
+
+Command = Literal["run", "score", "select", "experience", "train", "compare"]
+
+_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL|CONNECTION_STRING|AUTH", re.IGNORECASE)
+_DISTRIBUTION = "cherry-pipeline"
+_BACKOFF_S = (1, 2, 4, 8, 16, 30)
+"""Seconds between tries while a cluster does not answer: its head may be on its way back."""
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that is on its cluster."""
+
+    client: JobSubmissionClient
+    submission_id: str
+    started: bool
+    """False if the same job was running already, and nothing was started."""
+
+    @property
+    def address(self) -> str:
+        """Of the cluster's dashboard."""
+        return self.client.get_address()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    exit_code: int
+    """Its own, or 1 where it has none."""
+    summary: dict[str, Any] | None
+    """What it printed as JSON in the end."""
+    message: str
+    """The same in words."""
+
+
+def submit(
+    path: str,
+    overrides: list[str] | None,
+    address: str | None,
+    *,
+    command: Command = "run",
+    options: list[str] | None = None,
+    variables: list[str] | None = None,
+    extras: list[str] | None = None,
+    installed: bool = False,
+) -> Submitted:
+    """Start a command as a job, unless the same one is running.
+
+    Args:
+        path: Of the config, here.
+        overrides: `a.b=value`, over the config.
+        address: Of the cluster: `http://host:8265`; None is RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
+        command: Of `cherry`.
+        options: Of the command, such as `--retry-errors`.
+        variables: `NAME=value` for the job's environment.
+        extras: Of this package, installed by pip in the versions that are here.
+        installed: The cluster has this package; else it travels.
+
+    Raises:
+        ConfigError: The config is wrong, something in it cannot be reached from elsewhere, a
+            variable looks like a secret, or the cluster does not answer. Nothing was started.
+    """
+    settings = load(path, overrides)
+    _check_reachable(settings)
+    runtime_env: dict[str, Any] = {"env_vars": _parse_variables(variables or [])}
+    if extras:
+        runtime_env["pip"] = [pin for extra in extras for pin in _pins(extra)]
+    arguments = [f"--set={override}" for override in overrides or []]
+    arguments += ["--json", *(options or [])]
+    entrypoint = shlex.join(["python", "-m", "pipeline", command, "config.yaml", *arguments])
+    same = fingerprint({"config": settings.model_dump(mode="json"), "entrypoint": entrypoint})
+    client = _connect(address)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(path, os.path.join(folder, "config.yaml"))
+        if not installed:
+            shutil.copytree(
+                Path(__file__).parent, os.path.join(folder, "pipeline"),
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )  # fmt: skip
+        return _start(client, command, entrypoint, same, runtime_env | {"working_dir": folder})
+
+
+def follow(job: Submitted, say: Callable[[str], None]) -> Ended:
+    """Pass on each line of a job's log until it ends; a KeyboardInterrupt leaves the job alone.
+
+    The JSON object that it prints in the end is not passed on: it is the summary.
+
+    Raises:
+        ClusterError: The cluster does not answer any more.
+    """
+    lines = _Lines(say)
+    while not (details := _insist(job, _look)).status.is_terminal():
+        _insist(job, lambda j: asyncio.run(_tail(j, lines)))
+    # A connection that was closed on the way may have taken the end of the log with it.
+    lines.take_all(_insist(job, lambda j: j.client.get_job_logs(j.submission_id)))
+    code = 0 if details.status == JobStatus.SUCCEEDED else details.driver_exit_code
+    if code is None:  # it never began, or was stopped
+        return Ended(EXIT_FAILED, lines.end(), details.message or details.status.value)
+    return Ended(code, lines.end(), f"it ended with exit code {code}; its log says why")
+
+
+def stop(job: Submitted) -> None:
+    """Tell a job to stop, and wait until it has; its finished units are kept.
+
+    Raises:
+        ClusterError: The cluster does not answer any more.
+    """
+    _insist(job, lambda j: j.client.stop_job(j.submission_id))
+    while not _insist(job, _look).status.is_terminal():
+        time.sleep(_POLL_S)
+
+
+def _check_reachable(config: Config) -> None:
+    """A path that only means something in this directory is refused."""
+    named = {"input.path": config.input.paths, "output": [config.output]}
+    model = config.model.path
+    if model.endswith(".gguf") or os.path.exists(model):  # else a name on the hub
+        named["model.path"] = [model]
+    if config.compare:
+        named["compare.evaluate"] = [held_out.path for held_out in config.compare.evaluate]
+    for key, paths in named.items():
+        for path in paths:
+            if "://" not in path and not os.path.isabs(path):
+                raise ConfigError(
+                    f"key '{key}': got the relative path {path!r}, and the job runs elsewhere. "
+                    "Expected a URL, or an absolute path that every node of the cluster sees."
+                )
+
+
+def _parse_variables(pairs: list[str]) -> dict[str, str]:
+    variables = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"--env {name}: expected NAME=value.")
+        if _SECRET.search(name) or carries_credentials(value):
+            raise ConfigError(
+                f"--env {name}: it looks like a secret, and Ray shows the environment of a job to "
+                "everyone who reaches the cluster. Nothing was sent. Give it to the nodes instead: "
+                "a secretRef in the pod (cluster/), an instance profile or workload identity."
+            )
+        variables[name] = value
+    return variables
+
+
+def _pins(extra: str) -> list[str]:
+    """The requirements of an extra, in the versions that are here."""
+    found = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or []]
+    wanted = [r for r in found if r.marker and r.marker.evaluate({"extra": extra})]
+    if not any("extra ==" in str(r.marker) for r in wanted):
+        known = sorted(metadata.metadata(_DISTRIBUTION).get_all("Provides-Extra") or [])
+        raise ConfigError(f"--extra {extra}: no such extra, expected one of {', '.join(known)}.")
+    try:
+        return [f"{r.name}=={metadata.version(r.name)}" for r in wanted]
+    except metadata.PackageNotFoundError as err:
+        raise ConfigError(
+            f"--extra {extra}: {err.name} is not installed here, and the job takes the version "
+            f"that is. Run: pip install '{_DISTRIBUTION}[{extra}]'"
+        ) from err
+
+
+def _connect(address: str | None) -> JobSubmissionClient:
+    if address:
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray prefers RAY_ADDRESS to an argument
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as err:
+        raise ConfigError(
+            f"--address {address or 'of the environment'}: no Ray cluster takes jobs there: "
+            f"{describe_cause(err)} Expected the address of its dashboard, such as "
+            "http://host:8265. Nothing was started."
+        ) from err
+
+
+def _start(
+    client: JobSubmissionClient,
+    command: str,
+    entrypoint: str,
+    same: str,
+    runtime_env: dict[str, Any],
+) -> Submitted:
+    """Start a job, or find the one that is running: of two schedulers at once, one starts it."""
+    jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
+    for name, job in jobs.items():
+        if (job.metadata or {}).get("cherry_job") == same and not job.status.is_terminal():
+            return Submitted(client, name, started=False)
+    stem = f"cherry-{command}-{datetime.now(UTC):%Y%m%d}-{same[:8]}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    name = next(name for name in names if name not in jobs)
+    try:
+        client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=name,
+            runtime_env=runtime_env,
+            metadata={"cherry_job": same, "cherry_version": __version__},
+        )
+    except RuntimeError as err:
+        if any(job.submission_id == name for job in client.list_jobs()):
+            return Submitted(client, name, started=False)  # another was first
+        raise ConfigError(f"{client.get_address()}: the job was refused: {err}") from err
+    return Submitted(client, name, started=True)
+
+
+def _look(job: Submitted) -> JobDetails:
+    return job.client.get_job_info(job.submission_id)
+
+
+async def _tail(job: Submitted, lines: "_Lines") -> None:
+    lines.again()
+    async for text in job.client.tail_job_logs(job.submission_id):
+        lines.take(text)
+    await asyncio.sleep(_POLL_S)  # the status follows the end of the log
+
+
+def _insist(job: Submitted, ask: Callable[[Submitted], T]) -> T:
+    """Ask a cluster until it answers: its head, or a connection, may be away for a while."""
+    failures = 0
+    while True:
+        begun = time.monotonic()
+        try:
+            return ask(job)
+        except (RuntimeError, OSError, aiohttp.ClientError) as err:  # requests' are OSErrors
+            if time.monotonic() - begun > _BACKOFF_S[-1]:
+                failures = 0  # it had answered in between
+            if failures == len(_BACKOFF_S):
+                raise ClusterError(
+                    f"{job.address}: the cluster does not answer after {failures + 1} tries: "
+                    f"{describe_cause(err)} The job {job.submission_id} may still run; the same "
+                    "command finds it, and goes on with what is scored if it does not."
+                ) from err
+            time.sleep(_BACKOFF_S[failures] * random.uniform(0.5, 1.0))
+            failures += 1
+
+
+class _Lines:
+    """A log that is read again from its start after each interruption, line by line, once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._seen = self._position = 0
+        self._rest = ""
+        self._summary: dict[str, Any] | None = None
+
+    def again(self) -> None:
+        """What comes next is the log from its start."""
+        self._position = 0
+
+    def take(self, text: str) -> None:
+        """The log goes on with `text`."""
+        *whole, self._rest = (self._rest + text[max(0, self._seen - self._position) :]).split("\n")
+        self._position += len(text)
+        self._seen = max(self._seen, self._position)
+        for line in whole:
+            self._take_line(line)
+
+    def take_all(self, text: str) -> None:
+        """The log is `text`, and ends there."""
+        self.again()
+        self.take(text)
+        self._take_line(self._rest)
+
+    def end(self) -> dict[str, Any] | None:
+        """The last line that was a JSON object."""
+        return self._summary
+
+    def _take_line(self, line: str) -> None:
+        if line.startswith("{"):
+            try:
+                self._summary = json.loads(line)
+                return
+            except ValueError:
+                pass
+        if line:
+            self._say(line)

@@ -1,0 +1,225 @@
+"""Jobs that `cherry submit` puts on a real cluster of three raylets, from bucket to bucket."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, S3, write_parquet
+from faults_cluster import SCORER, Machines, machines, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.job_submission import JobStatus, JobSubmissionClient
+from typer.testing import CliRunner
+
+from pipeline import errors, submitting
+from pipeline.cli import app
+from pipeline.submitting import _Lines
+
+ConfigFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_server: S3) -> Iterator[Machines]:
+    with machines(2, dashboard=True) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Machines) -> JobSubmissionClient:
+    return JobSubmissionClient(cluster.dashboard)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, model_dir: Path, s3_server: S3) -> ConfigFile:
+    """A config in a folder that the job never sees, from a bucket and into it."""
+
+    def write(rows: list[dict[str, Any]], name: str, **score: Any) -> Path:
+        shard = write_parquet(tmp_path / f"{name}.parquet", rows)
+        s3_server.filesystem().put(str(shard), f"cherry/{name}/corpus/a.parquet")
+        config = {
+            "input": {"path": s3_server.url(name, "corpus")},
+            "output": s3_server.url(name, "out"),
+            "model": {"path": str(model_dir), "dtype": "float32"},
+            "score": {"unit_rows": 20, **score},
+            "select": {"max_ifd": None},
+            "cluster": {"actors": 2, "threads_per_actor": 1},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def rows(count: int, response: str = "three four five six") -> list[dict[str, Any]]:
+    return [
+        {"instruction": f"one two {n}", "input": "", "output": f"{response} {n}".strip()}
+        for n in range(count)
+    ]
+
+
+def submit(path: Path, cluster: Machines, *options: str) -> "subprocess.Popen[str]":
+    """`cherry submit` somewhere else than the repository, as a user runs it."""
+    arguments = ["submit", str(path), "--address", cluster.dashboard, *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=path.parent,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_ADDRESS": "127.0.0.1:9"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def await_from(command: "subprocess.Popen[str]", condition: Callable[[], Any], what: str) -> Any:
+    """What a command brings about; if it ends before, what it said."""
+
+    def met() -> Any:
+        return condition() or (
+            command.poll() is not None and pytest.fail(str(command.communicate()))
+        )
+
+    return wait_until(met, what)
+
+
+@pytest.mark.ray
+def test_a_job_uses_all_actors_and_survives_a_dead_node(
+    cluster: Machines, client: JobSubmissionClient, config_file: ConfigFile
+) -> None:
+    path = config_file(rows(1200), "survives")
+    command = submit(path, cluster, "--wait", "--json", "--env", "CHERRY_TEST=1")
+    await_from(command, lambda: len(cluster.workers(SCORER)) == 2, "both actors")
+    cluster.kill_node(0.7)
+    out, err = command.communicate(timeout=300)
+    assert command.returncode == 0, err
+    summary = json.loads(out)
+    assert summary["rows_by_status"] == {"ok": 1200}
+    assert summary["selected_rows"] == 120
+    assert "scoring 60 of 60 units, 2 resident models" in err
+    (job,) = [job for job in client.list_jobs() if job.submission_id in err]
+    assert job.runtime_env["env_vars"] == {"CHERRY_TEST": "1"}
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in job.model_dump_json()
+    assert re.fullmatch(r"cherry-run-\d{8}-[0-9a-f]{8}", job.submission_id)
+    cluster.restore()
+
+
+@pytest.mark.ray
+def test_exit_codes_pass_through(
+    cluster: Machines, client: JobSubmissionClient, config_file: ConfigFile
+) -> None:
+    """Too many malformed rows are 3, and an input that only the job finds missing is 2."""
+    many = config_file(rows(10) + [{"instruction": None, "input": "", "output": "x"}] * 10, "bad")
+    missing = config_file(rows(1), "missing")
+    config = yaml.safe_load(missing.read_text())
+    missing.write_text(yaml.safe_dump(config | {"input": {"path": "s3://cherry/nowhere"}}))
+    commands = [submit(path, cluster, "--wait") for path in (many, missing)]
+    said = [command.communicate(timeout=300) for command in commands]
+    assert [command.returncode for command in commands] == [3, 2], said
+    assert "50.00 % of the rows failed" in said[0][0]
+    assert "s3://cherry/nowhere" in said[1][0]
+
+
+@pytest.mark.ray
+def test_the_same_job_is_not_started_twice_at_once(
+    cluster: Machines, client: JobSubmissionClient, config_file: ConfigFile
+) -> None:
+    path = config_file(rows(1200), "twice")
+    both = [submit(path, cluster, "--json") for _ in range(2)]
+    said = [json.loads(command.communicate(timeout=120)[0]) for command in both]
+    (name,) = {each["submission_id"] for each in said}
+    assert sorted(each["started"] for each in said) == [False, True]
+    # A third, which follows it from a terminal, and stops it there.
+    ours, theirs = pty.openpty()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "submit", str(path), "--wait",
+         "--address", cluster.dashboard],
+        cwd=path.parent, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    read_until(ours, "resident model")
+    os.kill(command.pid, signal.SIGINT)
+    read_until(ours, "detach and let it run?")
+    os.write(ours, b"s\n")
+    read_until(ours, f"stopped {name}")
+    assert command.wait(timeout=60) == errors.EXIT_FAILED
+    os.close(ours)
+    assert client.get_job_status(name) == JobStatus.STOPPED
+    # What was stopped may be started again, under a name of its own.
+    again = submit(path, cluster, "--wait", "--json")
+    names = lambda: [job.submission_id for job in client.list_jobs()]  # noqa: E731
+    await_from(again, lambda: f"{name}-2" in names(), "the second job")
+    os.killpg(again.pid, signal.SIGINT)  # where nobody can be asked, it goes on
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == errors.EXIT_INTERRUPTED, err
+    assert f"detached from {name}-2" in err
+    ended = wait_until(
+        lambda: (s := client.get_job_status(f"{name}-2")).is_terminal() and s, "its end"
+    )
+    assert ended == JobStatus.SUCCEEDED
+
+
+def read_until(terminal: int, text: str) -> str:
+    said = ""
+    while text not in said:
+        said += os.read(terminal, 4096).decode()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--env", "AWS_SECRET_ACCESS_KEY=abc"), "it looks like a secret"),
+        (("--env", "HF_TOKEN=abc"), "it looks like a secret"),
+        (("--env", "PROXY=http://me:word@host"), "it looks like a secret"),
+        (("--env", "REGION"), "expected NAME=value"),
+        (("--extra", "gpu"), "no such extra, expected one of azure, dev, gcs, gguf, lora"),
+        (("--set", "output=out"), "key 'output': got the relative path 'out'"),
+        (("--set", "input.path=a.parquet"), "key 'input.path': got the relative path"),
+        (("--set", "model.path=here.gguf"), "key 'model.path': got the relative path"),
+        (("--set", "select.fractoin=0.1"), "Did you mean 'select.fraction'?"),
+        ((), "--address http://127.0.0.1:9: no Ray cluster takes jobs there"),
+    ],
+)
+def test_what_cannot_work_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+) -> None:
+    """All but the last are refused before a cluster is looked for."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # and put back, whatever is set in it
+    path = tmp_path / "config.yaml"
+    path.write_text("{input: {path: s3://a/b}, output: s3://a/c, model: {path: gpt2}}")
+    result = CliRunner().invoke(
+        app, ["submit", str(path), "--address", "http://127.0.0.1:9", *options]
+    )
+    assert result.exit_code == errors.EXIT_REFUSED
+    assert message in result.stderr
+    assert "abc" not in result.stderr
+    assert "word" not in result.stderr
+
+
+def test_extras_travel_in_the_versions_that_are_here() -> None:
+    pins = submitting._pins("gguf")
+    assert [pin.partition("==")[0] for pin in pins] == ["gguf", "accelerate"]
+    assert all(re.fullmatch(r"[a-z]+==\d[\d.]*", pin) for pin in pins)
+
+
+@given(st.data())
+def test_a_log_that_is_read_again_is_said_once(data: st.DataObject) -> None:
+    said: list[str] = []
+    lines = _Lines(said.append)
+    log = 'one\ntwo\n{"rows": 1}\n{not json\nlast'
+    for _ in range(data.draw(st.integers(0, 3))):
+        lines.again()
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(log)), max_size=4)))
+        for start, end in zip([0, *cuts], cuts, strict=False):
+            lines.take(log[start:end])
+    lines.take_all(log)
+    assert said == ["one", "two", "{not json", "last"]
+    assert lines.end() == {"rows": 1}
