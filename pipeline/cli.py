@@ -24,11 +24,11 @@ from pipeline import __version__, comparison_report, config, errors, report, sub
 from pipeline import run as flow
 from pipeline.comparison import Comparison
 from pipeline.manifests import Finished
-from pipeline.pending import Progress
 from pipeline.phases import Embedded
 from pipeline.run import Result
 from pipeline.submitting import Submitted
 from pipeline.summary import failed_fraction
+from pipeline.watching import Progress
 
 T = TypeVar("T")
 

@@ -24,6 +24,11 @@ class Workers:
     threads: int
     """Torch threads of an actor without a GPU."""
 
+    @property
+    def devices(self) -> float:
+        """GPUs they hold, or actors where there are none: what costs money."""
+        return self.actors * (self.num_gpus or 1)
+
     def describe(self) -> str:
         """`2 resident models, 1 GPU each`, for the terminal."""
         models = f"{self.actors} resident model{'s'[: self.actors > 1]}"

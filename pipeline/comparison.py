@@ -32,10 +32,10 @@ from pipeline.errors import InputError
 from pipeline.inputs import Corpus, open_corpus
 from pipeline.job import Job
 from pipeline.manifests import Finished
-from pipeline.pending import Progress
 from pipeline.phases import open_subset
 from pipeline.training_job import HeldOut, plan_training
 from pipeline.units import Plan, fingerprint
+from pipeline.watching import Progress
 
 _INPUT = "input"
 """Name of the set that is held out of the input."""

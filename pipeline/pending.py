@@ -1,42 +1,15 @@
 """Units that have no part yet: sent to the models, and the run ended where it must be."""
 
 import logging
-from typing import Protocol
 
 from pipeline import accounting, cluster, errors, recovery, reuse
 from pipeline.job import Job
 from pipeline.parts import UnitDone
 from pipeline.settings import Scoring
-from pipeline.training_loop import StepDone
 from pipeline.units import Unit
+from pipeline.watching import Pace, Progress
 
 log = logging.getLogger("cherry")
-
-
-class Progress(Protocol):
-    """Who is told how far a run is."""
-
-    def phase(self, name: str) -> None:
-        """Something else begins."""
-
-    def unit(self, unit: UnitDone, total: int) -> None:
-        """One of `total` units is done."""
-
-    def step(self, step: StepDone) -> None:
-        """An optimiser step is done."""
-
-
-class Silence:
-    """Progress that nobody watches."""
-
-    def phase(self, name: str) -> None:
-        """Nothing."""
-
-    def unit(self, unit: UnitDone, total: int) -> None:
-        """Nothing."""
-
-    def step(self, step: StepDone) -> None:
-        """Nothing."""
 
 
 def score(job: Job, progress: Progress) -> list[UnitDone]:
@@ -69,6 +42,8 @@ def _score_units(
         return []
     workers = cluster.plan_workers(job.config.cluster)
     name = "scoring" if job.settings.measure == "ifd" else "embedding"
+    price = job.config.cluster.price_per_gpu_hour
+    pace = Pace(name, len(pending), None if price is None else price * workers.devices)
     log.info("%s %d of %d units, %s", name, len(pending), len(job.plan.units), workers.describe())
     progress.phase(name)
     scoring = Scoring(
@@ -84,7 +59,8 @@ def _score_units(
         if unit.failure:
             _raise_failure(unit, job.config.input.on_bad_shard)
         done.append(unit)
-        progress.unit(unit, len(pending))
+        pace.add(unit)
+        progress.unit(pace)
     return done
 
 

@@ -23,9 +23,9 @@ from pipeline.experience import find_experience, select_experience
 from pipeline.inputs import Corpus, open_sources
 from pipeline.job import Checked, Job, plan, with_model
 from pipeline.manifests import Finished
-from pipeline.pending import Progress
 from pipeline.training_job import TrainJob, plan_training
 from pipeline.units import Plan
+from pipeline.watching import Progress
 
 
 @dataclass(frozen=True)

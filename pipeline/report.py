@@ -4,16 +4,17 @@ Corpus text is foreign: it is shown as `Text`, never as markup, and without cont
 """
 
 import time
+from collections.abc import Iterable
+from datetime import timedelta
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,6 @@ from rich.text import Text
 from pipeline.estimate import Estimate
 from pipeline.garbage import Garbage
 from pipeline.manifests import Finished
-from pipeline.parts import UnitDone
 from pipeline.phases import Embedded
 from pipeline.rows import take_rows
 from pipeline.run import Result
@@ -32,10 +32,22 @@ from pipeline.summary import Summary
 from pipeline.texts import plain, visible
 from pipeline.training_loop import StepDone
 from pipeline.units import Plan
+from pipeline.watching import Pace
 
 _SECONDS_BETWEEN_LINES = 10.0
 _ACTORS_SHOWN = (1, 2, 4, 8, 16)
 _GARBAGE_SHOWN = 20
+
+
+class _Bar(Progress):
+    """A bar, and a line of numbers under it."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Both."""
+        yield from super().get_renderables()
+        yield Text(self.numbers)
 
 
 class RunProgress:
@@ -44,12 +56,11 @@ class RunProgress:
     def __init__(self, console: Console) -> None:
         """Show progress on `console`."""
         self._console = console
-        self._bar = Progress(
+        self._bar = _Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[what]}"),
             console=console,
             transient=True,
         )
@@ -68,34 +79,40 @@ class RunProgress:
         """Something else begins."""
         self._clear()
         self._name = name
-        self._done = self._tokens = 0
-        self._started = 0.0
         self._said = time.monotonic()
         if self._console.is_terminal:
-            self._task = self._bar.add_task(name, total=None, said="")
+            self._task = self._bar.add_task(name, total=None, what="")
 
-    def unit(self, unit: UnitDone, total: int) -> None:
+    def unit(self, pace: Pace) -> None:
         """Take note of a finished unit."""
-        self._done += 1
-        self._tokens += unit.tokens
-        if unit.tokens:  # one that is reused whole waits for no model
-            self._started = min(self._started or unit.started, unit.started)
-        elapsed = unit.committed - self._started
-        speed = f"{self._tokens / elapsed:,.0f} tokens/s" if self._tokens and elapsed > 0 else ""
-        self._say(self._done, total, "units", speed)
+        said = [f"{pace.rows:,} rows"]
+        if pace.errors:
+            said.append(f"{pace.errors:,} errors")
+        if pace.tokens_per_s:
+            said.append(f"{pace.tokens_per_s:,.0f} tokens/s")
+        if pace.dollars is not None:
+            said.append(f"${pace.dollars:,.2f}")
+        self._say(pace.done, pace.total, "units", said, pace.seconds_left)
 
     def step(self, step: StepDone) -> None:
         """Take note of an optimiser step."""
-        speed = f"loss {step.loss:.3f}, {step.tokens / step.seconds:,.0f} tokens/s"
-        self._say(step.step, step.num_steps, "steps", speed)
+        said = [f"loss {step.loss:.3f}", f"{step.tokens / step.seconds:,.0f} tokens/s"]
+        left = (step.num_steps - step.step) * step.seconds
+        self._say(step.step, step.num_steps, "steps", said, left)
 
-    def _say(self, done: int, total: int, what: str, said: str) -> None:
+    def _say(
+        self, done: int, total: int, what: str, said: list[str], seconds_left: float | None
+    ) -> None:
+        if seconds_left is not None and done < total:
+            said = [*said, f"{timedelta(seconds=round(seconds_left))} left"]
+        line = ", ".join(said)
         if self._task is not None:
             self._bar.start()
-            self._bar.update(self._task, total=total, completed=done, said=f"{what}  {said}")
+            self._bar.numbers = line
+            self._bar.update(self._task, total=total, completed=done, what=what)
         elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES or done == total:
             self._said = time.monotonic()
-            self._console.print(f"{self._name}: {done} of {total} {what}, {said}", highlight=False)
+            self._console.print(f"{self._name}: {done} of {total} {what}, {line}", highlight=False)
 
     def _clear(self) -> None:
         if self._task is not None:  # off a terminal, rich would print an empty line

@@ -24,11 +24,11 @@ from pipeline.estimate import Estimate
 from pipeline.garbage import Garbage
 from pipeline.job import Checked, Job, check, plan
 from pipeline.manifests import Finished
-from pipeline.pending import Progress, Silence
 from pipeline.phases import Embedded
 from pipeline.summary import Summary, summarise, warn_over_one
 from pipeline.survey import Survey
 from pipeline.units import Plan
+from pipeline.watching import Progress, Silence
 
 log = logging.getLogger("cherry")
 

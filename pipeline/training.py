@@ -20,7 +20,6 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
-from ray.util.metrics import Gauge
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors import SafetensorError
@@ -33,11 +32,11 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import CherryError, StorageError, TrainingError
 from pipeline.manifests import Finished
 from pipeline.parallel import agreed
-from pipeline.pending import Progress
 from pipeline.texts import describe_cause
 from pipeline.training_data import Examples
 from pipeline.training_job import TrainJob
 from pipeline.training_loop import StepDone, train
+from pipeline.watching import Progress, TrainingMetrics
 
 log = logging.getLogger("cherry")
 
@@ -173,11 +172,11 @@ def _train_here(job: TrainJob, device: torch.device, said: Queue | None) -> None
     """Train, and publish what came out; only the first worker has something to say."""
     if said is not None:  # an empty queue is false
         said.put(f"training on {job.manifest['trained_on']}")
-    gauges = None if said is None else _Gauges()
+    metrics = None if said is None else TrainingMetrics()
 
     def report(step: StepDone) -> None:
-        if said is not None and gauges is not None:
-            gauges.set(step)
+        if said is not None and metrics is not None:
+            metrics.set(step)
             said.put(step)
 
     model = models.load(job.model, torch.float32, device)
@@ -240,29 +239,3 @@ def _load(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Trained weights into a model; what was frozen is not among them."""
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
-
-
-class _Gauges:
-    """A training's state as metrics of Ray, on the node's Prometheus port."""
-
-    def __init__(self) -> None:
-        self._gauges = {
-            name: Gauge(f"cherry_train_{name}", description=text)
-            for name, text in {
-                "step": "Optimiser steps that are done.",
-                "loss": "Nats a token of the answers, of the last step.",
-                "tokens_per_s": "Tokens of all rows over all workers, of the last step.",
-                "seconds_left": "Steps left times the seconds of the last one.",
-            }.items()
-        }
-
-    def set(self, step: StepDone) -> None:
-        """Say what the last step was."""
-        values = {
-            "step": step.step,
-            "loss": step.loss,
-            "tokens_per_s": step.tokens / step.seconds,
-            "seconds_left": (step.num_steps - step.step) * step.seconds,
-        }
-        for name, value in values.items():
-            self._gauges[name].set(value)
