@@ -6,9 +6,10 @@ import torch
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AttentionInterface
 
 from pipeline import projection
-from pipeline.attention import UnsupportedAttentionError, _plan_groups, packed_attention
+from pipeline.attention import PACKED, UnsupportedAttentionError, _plan_groups, packed_attention
 from pipeline.engine import Engine, SequenceLoss, TokenSequence, auto_dtype
 
 FAMILIES = {
@@ -133,7 +134,7 @@ def test_probe_notices_attention_that_ignores_what_a_layer_asks(
 
     architecture, changes = FAMILIES["gemma2-soft-caps"]
     model = tiny_model(architecture, **{**changes, "query_pre_attn_scalar": 64})
-    monkeypatch.setattr("pipeline.attention.packed_attention", careless)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, careless)
     assert Engine(model).mode == "padded"
 
 
