@@ -23,6 +23,12 @@ class Workers:
     num_cpus: float
     threads: int
     """Torch threads of an actor without a GPU."""
+    grow: bool = False
+    """Whether there are more actors when more GPUs join."""
+    tokenisers: int | None = None
+    """Tasks that read and tokenise at once, at most."""
+    units_in_flight: int = 2
+    """Of an actor: one in work, the others behind it."""
 
     @property
     def devices(self) -> float:
@@ -70,10 +76,17 @@ def connected() -> Iterator[None]:
 
 
 def scores_on_gpus(config: ClusterConfig) -> bool:
-    """Whether scoring runs on GPUs: as the config says, else where the cluster has any."""
+    """Whether scoring runs on GPUs: as the config says, else where the cluster may have any."""
     if config.gpus_per_actor != "auto":
         return config.gpus_per_actor > 0
-    return bool(ray.cluster_resources().get("GPU"))
+    return _most("GPU") > 0
+
+
+def _most(resource: str) -> float:
+    """What the cluster has, or may grow to where Ray's autoscaler says so."""
+    # Ray Data and Ray Train ask the same private function; there is no public one.
+    growth = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return float(max(ray.cluster_resources().get(resource, 0), growth.get(resource, 0)))
 
 
 def plan_workers(config: ClusterConfig) -> Workers:
@@ -92,22 +105,29 @@ def plan_workers(config: ClusterConfig) -> Workers:
             "cluster: no node with CPUs is there yet, and reading and tokenising need some. Start "
             "a worker node, or wait until one has joined."
         )
-    total_gpus = ray.cluster_resources().get("GPU", 0)
+    tokenisers = None if config.cpus_for_tokenising == "auto" else config.cpus_for_tokenising
+    if tokenisers and tokenisers > _most("CPU"):
+        raise ConfigError(
+            f"cluster.cpus_for_tokenising {tokenisers}: the cluster has or may have "
+            f"{_most('CPU'):g} CPUs. Ask for fewer, or add nodes."
+        )
     num_gpus = config.gpus_per_actor
     if num_gpus == "auto":
-        num_gpus = 1 if total_gpus else 0
+        num_gpus = 1 if scores_on_gpus(config) else 0
     cores = int(min(node["CPU"] for node in nodes))
     threads = cores if config.threads_per_actor == "auto" else config.threads_per_actor
     if num_gpus:
-        most = int(total_gpus / num_gpus)
-        actors = most if config.actors == "auto" else config.actors
-        if not 0 < actors <= most:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        grow = config.actors == "auto"
+        # One at least is asked for, or an autoscaler would not know that anyone waits.
+        actors = max(1, int(gpus / num_gpus)) if config.actors == "auto" else config.actors
+        if actors * num_gpus > _most("GPU"):
             raise ConfigError(
-                f"cluster.actors {config.actors} with cluster.gpus_per_actor {num_gpus}: the "
-                f"cluster has {total_gpus:g} GPUs. Add GPU nodes, ask for fewer actors, or set "
-                "cluster.gpus_per_actor: 0 to score on CPUs."
+                f"cluster.actors {config.actors} with cluster.gpus_per_actor {num_gpus:g}: the "
+                f"cluster has {gpus:g} GPUs and may have {_most('GPU'):g}. Add GPU nodes, ask for "
+                "fewer actors, or set cluster.gpus_per_actor: 0 to score on CPUs."
             )
-        return Workers(actors, num_gpus, 0, threads)
+        return Workers(actors, num_gpus, 0, threads, grow, tokenisers, config.max_units_in_flight)
     actors = len(nodes) if config.actors == "auto" else config.actors
     # Actors share what their node can spare, so that those asked for always fit beside the tasks,
     # and one more does not: the actor of a node that died would take the core of the tasks, on
@@ -120,7 +140,8 @@ def plan_workers(config: ClusterConfig) -> Workers:
             "actors."
         )
     share = (cores - TOKENISE_CPUS - COMMIT_CPUS) / per_node
-    return Workers(actors, 0, math.floor(share * 1e4) / 1e4, threads)  # Ray's finest share
+    share = math.floor(share * 1e4) / 1e4  # Ray's finest
+    return Workers(actors, 0, share, threads, False, tokenisers, config.max_units_in_flight)
 
 
 @dataclass(frozen=True)
@@ -147,14 +168,14 @@ def plan_trainers(config: ClusterConfig, train: TrainConfig) -> Trainers:
     """
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     use_gpu = scores_on_gpus(config)
-    most = int(ray.cluster_resources().get("GPU", 0)) if use_gpu else len(nodes)
+    most = int(_most("GPU")) if use_gpu else len(nodes)
     workers = most if train.workers == "auto" else train.workers
     cores = int(min((node["CPU"] for node in nodes), default=0))
     per_node = -(-workers // max(1, len(nodes)))
     if workers < 1 or (use_gpu and workers > most) or (not use_gpu and per_node > cores):
         raise ConfigError(
-            f"train.workers {train.workers}: the cluster has {len(nodes)} nodes with CPUs and "
-            f"{int(ray.cluster_resources().get('GPU', 0))} GPUs. Add nodes, or ask for fewer."
+            f"train.workers {train.workers}: the cluster has {len(nodes)} nodes with CPUs and may "
+            f"have {int(_most('GPU'))} GPUs. Add nodes, or ask for fewer."
         )
     if workers % train.gpus_per_replica:
         raise ConfigError(

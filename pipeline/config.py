@@ -106,14 +106,20 @@ class ClusterConfig(Section):
     """What the scoring actors get. None of it changes a score or a fingerprint."""
 
     actors: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Models held at once; `auto` is one per GPU, or one per node without GPUs."""
+    """Models held at once; `auto` is one per GPU, more as GPUs join and fewer as they leave, or one
+    per node without GPUs."""
     gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     """`auto` is 1 where the cluster has GPUs and 0 where it has none."""
     threads_per_actor: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Torch threads on a CPU. `auto` is all cores of the node, whatever the number of actors,
     because the last bits of a score follow the thread count."""
+    cpus_for_tokenising: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Cores that read and tokenise at once, at most; `auto` is what scoring leaves."""
+    max_units_in_flight: Annotated[int, Field(gt=0)] = 2
+    """Units that one model holds, the one in work included. With 1 it waits for each; more are lost
+    with it when its process dies."""
     price_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """What `cherry plan` reckons with; of a node where there are no GPUs."""
+    """Dollars, of a node where there are no GPUs: for `cherry plan` and the progress."""
 
 
 class Config(Section):

@@ -15,10 +15,9 @@ from pipeline.config import Config, ModelConfig
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError, InputError, StorageError
 from pipeline.inputs import Corpus
-from pipeline.model_files import ModelRef
 from pipeline.rendering import Renderer
 from pipeline.schemas import EXPERIENCE
-from pipeline.settings import ScoringSettings
+from pipeline.settings import ModelRef, ScoringSettings
 from pipeline.units import Plan
 
 log = logging.getLogger("cherry")

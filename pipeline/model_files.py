@@ -13,10 +13,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import storage
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
+from pipeline.settings import ModelRef
 
 log = logging.getLogger("cherry")
 
@@ -32,22 +32,6 @@ CONVERSION_VERSION = 1
 _HASHES = "cherry_hashes.json"
 _DESCRIPTION_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja")
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """A resolved model: small, and the same on every node."""
-
-    path: str
-    kind: Literal["directory", "gguf", "url", "hub"]
-    fingerprint: str
-    """Of the weights and the architecture: a content hash, a commit, or the ETags of all files that
-    are fetched from a URL, so that no two nodes have different ones."""
-    cache_dir: str
-
-    def describe(self) -> str:
-        """Name and short fingerprint, for the terminal."""
-        return f"{self.path} ({self.fingerprint[:19]})"
 
 
 def resolve(config: ModelConfig) -> ModelRef:

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from pipeline.errors import ModelError
-from pipeline.model_files import ModelRef, description_files, local_directory
+from pipeline.model_files import description_files, local_directory
+from pipeline.settings import ModelRef
 
 _WRITTEN_WITH_WEIGHTS = {
     "config.json",

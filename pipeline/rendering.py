@@ -18,13 +18,12 @@ token that straddles the response's first character is context and is scored on 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import TemplateName
 from pipeline.errors import ModelError
@@ -36,6 +35,9 @@ from pipeline.templates import (
     render_text,
     until_last_answer,
 )
+
+if TYPE_CHECKING:  # settings.py names the version below, where nobody waits for transformers
+    from transformers import PreTrainedTokenizerBase
 
 RENDERING_VERSION = 1
 ENDING_TOKENS = 8
@@ -89,7 +91,7 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         template: TemplateName,
         max_length: int,
         pair_tokens: bool,
@@ -245,7 +247,7 @@ class Renderer:
         return TokenTurn(min(direct, end), conditioned_start, direct_scored_start, end)
 
 
-def exact_offsets_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def exact_offsets_backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
     """The fast tokenizer, with offsets that cover every character.
 
     Byte-level tokenizers may be saved with `trim_offsets`: a token ' the' then claims to begin

@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import models
@@ -80,14 +80,18 @@ def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
             .map_batches(
                 tokenise,
                 num_cpus=TOKENISE_CPUS,
+                compute=TaskPoolStrategy(size=workers.tokenisers),
                 fn_kwargs={"scoring": scoring},
                 max_retries=0,
                 **options,
             )
             .map_batches(
                 UnitScorer,
-                # One unit in work and one behind it: more would be lost with the actor.
-                compute=ActorPoolStrategy(size=workers.actors, max_tasks_in_flight_per_actor=2),
+                compute=ActorPoolStrategy(
+                    min_size=workers.actors,
+                    max_size=None if workers.grow else workers.actors,  # None: what fits
+                    max_tasks_in_flight_per_actor=workers.units_in_flight,
+                ),
                 num_gpus=workers.num_gpus,
                 num_cpus=workers.num_cpus,
                 fn_constructor_kwargs={"scoring": scoring},

@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from pipeline.cluster import Workers
 from pipeline.config import TemplateName
-from pipeline.model_files import ModelRef
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.reuse import KnownRows
 from pipeline.schemas import EMBEDDING, PART
@@ -15,6 +14,22 @@ from pipeline.units import fingerprint
 
 SCORING_VERSION = 1
 EMBEDDING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A resolved model: small, and the same on every node."""
+
+    path: str
+    kind: Literal["directory", "gguf", "url", "hub"]
+    fingerprint: str
+    """Of the weights and the architecture: a content hash, a commit, or the ETags of all files that
+    are fetched from a URL, so that no two nodes have different ones."""
+    cache_dir: str
+
+    def describe(self) -> str:
+        """Name and short fingerprint, for the terminal."""
+        return f"{self.path} ({self.fingerprint[:19]})"
 
 
 @dataclass(frozen=True)

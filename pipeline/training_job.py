@@ -18,9 +18,9 @@ import torch
 from pipeline import cluster, engine, models, storage
 from pipeline.config_training import TrainConfig
 from pipeline.job import Job
-from pipeline.model_files import ModelRef
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.samples import CANONICALISER_VERSION
+from pipeline.settings import ModelRef
 from pipeline.tokenising import renderer
 from pipeline.units import fingerprint
 

@@ -112,8 +112,11 @@ def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def make_model_dir(path: Path) -> Path:
     """A tiny random Llama with a BOS-less tokenizer and a ChatML template."""
-    path = tmp_path_factory.mktemp("model") / "tiny"
     tiny_model("Llama", max_position_embeddings=2048).save_pretrained(path)
     make_tokenizer(chat_template=CHATML).save_pretrained(path)
     return path

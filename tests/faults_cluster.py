@@ -40,7 +40,7 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = _DEA
 class Machines:
     """A Ray cluster: a head without CPUs, where drivers attach, and worker nodes that may die."""
 
-    def __init__(self, num_workers: int, folder: str, dashboard: bool) -> None:
+    def __init__(self, num_workers: int, folder: str, dashboard: bool, gpus: int) -> None:
         self._cluster = Cluster()
         # A dead raylet refuses its health checks; three in half a second each, instead of 25 s.
         health = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
@@ -53,6 +53,7 @@ class Machines:
             _system_config=health,
         )
         self.num_workers = num_workers
+        self._gpus = gpus
         self.restore()
 
     @property
@@ -70,7 +71,7 @@ class Machines:
             if node.all_processes["raylet"][0].process.poll() is not None:
                 self._cluster.remove_node(node, allow_graceful=False)
         while len(self._cluster.worker_nodes) < self.num_workers:
-            self._cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
+            self._cluster.add_node(num_cpus=2, num_gpus=self._gpus, object_store_memory=200_000_000)
 
     def kill_node(self, pick: float) -> str:
         """SIGKILL everything that runs on one worker node, as when its machine is switched off."""
@@ -119,7 +120,7 @@ class Machines:
 
 
 @contextmanager
-def machines(num_workers: int, *, dashboard: bool = False) -> Iterator[Machines]:
+def machines(num_workers: int, *, dashboard: bool = False, gpus: int = 0) -> Iterator[Machines]:
     """A cluster whose workers find the pipeline and the trace's hook, wherever pytest was begun."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PATH")}
     paths = [str(REPOSITORY), str(REPOSITORY / "tests"), before["PYTHONPATH"]]
@@ -130,7 +131,7 @@ def machines(num_workers: int, *, dashboard: bool = False) -> Iterator[Machines]
     with tempfile.TemporaryDirectory(
         prefix="cherry-", dir="/tmp", ignore_cleanup_errors=True
     ) as folder:
-        cluster = Machines(num_workers, folder, dashboard)
+        cluster = Machines(num_workers, folder, dashboard, gpus)
         try:
             yield cluster
         finally:

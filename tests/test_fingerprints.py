@@ -47,6 +47,8 @@ CHANGE_NOTHING = {
     "cluster.actors": 2,
     "cluster.gpus_per_actor": 0,
     "cluster.threads_per_actor": 1,
+    "cluster.cpus_for_tokenising": 1,
+    "cluster.max_units_in_flight": 1,
     "cluster.price_per_gpu_hour": 2.5,
 }
 CHANGE_THE_SELECTION = {

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from pipeline import run, samples, storage, units
 from pipeline.config import Config, InputConfig
 from pipeline.inputs import Corpus, Shard, open_corpus
-from pipeline.model_files import ModelRef
 from pipeline.samples import Columns
-from pipeline.settings import ScoringSettings
+from pipeline.settings import ModelRef, ScoringSettings
 from pipeline.units import Plan, Unit, auto_unit_rows, cut_rows, make_plan
 
 ROW_GROUPS = st.lists(st.integers(0, 40), max_size=12).map(tuple)
