@@ -4,23 +4,27 @@ Results go to standard output, everything else to standard error. Exit codes: 0 
 or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
 """
 
-import json
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
-from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import __version__, comparison_report, config, errors, report, submitting, texts
+from pipeline import (
+    __version__,
+    comparison_report,
+    config,
+    errors,
+    following,
+    report,
+    submitting,
+    texts,
+)
 from pipeline import run as flow
 from pipeline.comparison import Comparison
 from pipeline.manifests import Finished
@@ -28,6 +32,7 @@ from pipeline.phases import Embedded
 from pipeline.run import Result
 from pipeline.submitting import Submitted
 from pipeline.summary import failed_fraction
+from pipeline.terminal import print_json, say, speaking
 from pipeline.watching import Progress
 
 T = TypeVar("T")
@@ -123,11 +128,11 @@ def plan(
     ] = 0,
 ) -> None:
     """Estimate what a run would score and cost; tokenises a sample."""
-    with _speaking(as_json) as (out, results, _):
+    with speaking(as_json) as (out, results, _):
         found = flow.estimate(config.load(path, overrides), score_rows)
         report.show_estimate(found, results)
         if as_json:
-            _print_json(asdict(found), out)
+            print_json(asdict(found), out)
 
 
 @app.command()
@@ -144,11 +149,11 @@ def gc(
     ] = False,
 ) -> None:
     """List parts that no current input names, and unfinished uploads; older than 24 hours."""
-    with _speaking(as_json) as (out, results, _):
+    with speaking(as_json) as (out, results, _):
         found = flow.gc(config.load(path, overrides), everything, delete, force)
         report.show_garbage(found, delete, results)
         if as_json:
-            _print_json(found.summary(deleted=delete), out)
+            print_json(found.summary(deleted=delete), out)
 
 
 @app.command()
@@ -178,25 +183,25 @@ def submit(
     ] = False,
 ) -> None:
     """Run it as a job of a Ray cluster; the same job is not started twice at once."""
-    with _speaking(as_json) as (out, results, err):
+    with speaking(as_json) as (out, results, err):
         job = submitting.submit(
             path, overrides, address, command=command, variables=variables, extras=extras,
             options=["--retry-errors"] if retry_errors else [], installed=installed,
         )  # fmt: skip
-        _say(err, f"{'started' if job.started else 'already running:'} {job.submission_id}")
+        say(err, f"{'started' if job.started else 'already running:'} {job.submission_id}")
         if not wait:
-            _say(err, f"follow it: cherry submit ... --wait, or {job.address}")
+            say(err, f"follow it: cherry submit ... --wait, or {job.address}")
             if as_json:
-                _print_json({"submission_id": job.submission_id, "started": job.started}, out)
+                print_json({"submission_id": job.submission_id, "started": job.started}, out)
             return
         try:
-            ended = submitting.follow(job, lambda line: _echo(results, line))
+            ended = following.follow(job, lambda line: _echo(results, line))
         except KeyboardInterrupt:
             raise typer.Exit(_stop_or_detach(job, err)) from None
     if as_json and ended.summary is not None:
-        _print_json(ended.summary, out)
+        print_json(ended.summary, out)
     if ended.exit_code:
-        _say(err, f"job {job.submission_id}: {ended.message}")
+        say(err, f"job {job.submission_id}: {ended.message}")
         raise typer.Exit(ended.exit_code)
 
 
@@ -211,10 +216,10 @@ def _stop_or_detach(job: Submitted, err: Console) -> int:
         with suppress(KeyboardInterrupt, EOFError):
             answer = err.input("stop the job, or detach and let it run? [s/D] ")
     if answer.strip().lower() in ("s", "stop"):
-        submitting.stop(job)
-        _say(err, f"stopped {job.submission_id}; what it scored is kept")
+        following.stop(job)
+        say(err, f"stopped {job.submission_id}; what it scored is kept")
         return errors.EXIT_FAILED
-    _say(err, f"detached from {job.submission_id}; the same command follows it again")
+    say(err, f"detached from {job.submission_id}; the same command follows it again")
     return errors.EXIT_INTERRUPTED
 
 
@@ -255,7 +260,7 @@ def _check_tolerance(
     """Exit 3 if more rows failed than may, or shards were skipped."""
     failed, allowed = failed_fraction(counts), settings.score.max_error_fraction
     if failed > allowed:
-        _say(
+        say(
             Console(stderr=True, highlight=False),
             f"{100 * failed:.2f} % of the rows failed or are malformed, more than "
             f"score.max_error_fraction ({100 * allowed:g} %). What was done is kept; the reasons "
@@ -274,13 +279,13 @@ def _watch(
     as_json: bool,
 ) -> tuple[config.Config, T]:
     """Run a command under the eyes of a person, and print what came out."""
-    with _speaking(as_json) as (out, results, err):
+    with speaking(as_json) as (out, results, err):
         settings = config.load(path, overrides)
         with report.RunProgress(err) as progress:
             found = command(settings, progress)
         show(found, results)
         if as_json:
-            _print_json(to_json(found), out)
+            print_json(to_json(found), out)
     return settings, found
 
 
@@ -299,58 +304,3 @@ def _finished_json(finished: Finished) -> dict[str, Any]:
 
 def _comparison_json(comparison: Comparison) -> dict[str, Any]:
     return comparison.report | {"path": comparison.url}
-
-
-def _print_json(values: dict[str, Any], out: TextIO) -> None:
-    print(json.dumps(values), file=out, flush=True)
-
-
-@contextmanager
-def _speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
-    """Standard output, a console for results and one for the rest; errors become exit codes.
-
-    Ray prints what its daemons say to standard output: while this is open, that is standard error.
-    """
-    _quiet_libraries()
-    out = sys.stdout
-    err = Console(stderr=True, highlight=False)
-    results = err if as_json else Console(file=out, highlight=False)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield out, results, err
-    except (errors.CherryError, RayError) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        known = cause if isinstance(cause, errors.CherryError) else None
-        _say(err, str(known or cause))
-        raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
-
-
-def _say(err: Console, message: str) -> None:
-    """A message may quote column names and paths of the input: foreign text, never folded."""
-    message = texts.without_secrets(texts.visible(message))
-    err.print(Text(f"cherry: {message}"), soft_wrap=True)
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        # Whatever a library logs may quote a row: without what a terminal would obey.
-        return texts.without_secrets(texts.visible(super().format(record)))
-
-
-def _quiet_libraries() -> None:
-    """One voice on standard error: ours at INFO, libraries' from WARNING on."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("cherry").setLevel(logging.INFO)
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    for name in ("dashboard_sdk", "job.sdk"):  # these set a level of their own
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # Ray's own notes, kept in its log files
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")

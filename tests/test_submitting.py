@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from pipeline import errors, submitting
 from pipeline.cli import app
-from pipeline.submitting import _Lines
+from pipeline.following import _Lines
 
 ConfigFile = Callable[..., Path]
 

@@ -1,0 +1,73 @@
+"""What the command line says, and where: results, the rest, and errors as exit codes."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+import typer
+from ray.exceptions import RayError, RayTaskError
+from rich.console import Console
+from rich.text import Text
+
+from pipeline import errors, texts
+
+
+@contextmanager
+def speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
+    """Standard output, a console for results and one for the rest; errors become exit codes.
+
+    Ray prints what its daemons say to standard output: while this is open, that is standard error.
+    """
+    _quiet_libraries()
+    out = sys.stdout
+    err = Console(stderr=True, highlight=False)
+    results = err if as_json else Console(file=out, highlight=False)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield out, results, err
+    except (errors.CherryError, RayError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        known = cause if isinstance(cause, errors.CherryError) else None
+        say(err, str(known or cause))
+        raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
+
+
+def say(err: Console, message: str) -> None:
+    """A message may quote column names and paths of the input: foreign text, never folded."""
+    message = texts.without_secrets(texts.visible(message))
+    err.print(Text(f"cherry: {message}"), soft_wrap=True)
+
+
+def print_json(values: dict[str, Any], out: TextIO) -> None:
+    """A result as one line."""
+    print(json.dumps(values), file=out, flush=True)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        # Whatever a library logs may quote a row: without what a terminal would obey.
+        return texts.without_secrets(texts.visible(super().format(record)))
+
+
+def _quiet_libraries() -> None:
+    """One voice on standard error: ours at INFO, libraries' from WARNING on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("cherry").setLevel(logging.INFO)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    for name in ("dashboard_sdk", "job.sdk"):  # these set a level of their own
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # Ray's own notes, kept in its log files
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
