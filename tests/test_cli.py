@@ -19,7 +19,7 @@ from click.testing import Result
 from conftest import REPOSITORY, ROWS, S3, read_parts, write_parquet
 from typer.testing import CliRunner
 
-from pipeline import __version__, cli, cluster, texts
+from pipeline import __version__, cluster, terminal, texts
 from pipeline.cli import app
 
 SUMMARY_KEYS = {
@@ -417,6 +417,7 @@ def test_the_commands_and_their_options_are_pinned() -> None:
         "compare": common,
         "gc": gc,
         "plan": [*common, "--score"],
+        "submit": [*scoring, "--address", "--command", "--wait", "--env", "--extra", "--installed"],
     }
 
 
@@ -453,5 +454,5 @@ def test_what_a_library_logs_is_text_and_holds_no_secret(monkeypatch: pytest.Mon
     monkeypatch.setenv("AZURE_STORAGE_KEY", "a-key-of-a-store")
     quoted = "row \x1b[31mred\x1b[0m under a-key-of-a-store"
     record = logging.LogRecord("ray.data", logging.ERROR, "", 0, quoted, None, None)
-    said = cli._Formatter("%(message)s").format(record)
+    said = terminal._Formatter("%(message)s").format(record)
     assert said == "row \ufffd[31mred\ufffd[0m under $AZURE_STORAGE_KEY"

@@ -302,14 +302,16 @@ def test_23_markup_and_control_characters_of_a_corpus_are_shown_as_text(
 
 
 def test_24_a_soft_cap_that_is_ignored_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.attention import packed_attention
+    from transformers import AttentionInterface
+
+    from pipeline.attention import PACKED, packed_attention
 
     def careless(*args: Any, **kwargs: Any) -> Any:
         return packed_attention(*args, **{**kwargs, "softcap": None})
 
     model = tiny_model("Gemma2", attn_logit_softcapping=5.0, query_pre_attn_scalar=8)
     assert Engine(model).mode == "packed"
-    monkeypatch.setattr("pipeline.attention.packed_attention", careless)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, careless)
     engine = Engine(model)
     assert engine.mode == "padded"
 
