@@ -1,12 +1,6 @@
-"""Resources of actors, and the manifests in cluster/ against KubeRay's own schemas."""
+"""Resources of actors."""
 
-from pathlib import Path
-from typing import Any
-
-import jsonschema
 import pytest
-import yaml
-from conftest import REPOSITORY
 
 from pipeline import cluster
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
@@ -38,31 +32,3 @@ def test_actors_never_ask_for_what_tasks_ask_for(ray_local: None) -> None:
 def test_gpus_that_the_cluster_lacks_are_refused(ray_local: None) -> None:
     with pytest.raises(ConfigError, match="the cluster has 0 GPUs"):
         cluster.plan_workers(ClusterConfig(gpus_per_actor=1))
-
-
-def _validate(manifest: Any, definition: Path) -> None:
-    versions = yaml.safe_load(definition.read_text())["spec"]["versions"]
-    (schema,) = [v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"]
-    jsonschema.Draft202012Validator(_strict(schema)).validate(manifest)
-
-
-def _strict(schema: Any) -> Any:
-    """Kubernetes prunes unknown fields silently; here they are an error."""
-    if isinstance(schema, dict):
-        strict = {key: _strict(value) for key, value in schema.items()}
-        if "properties" in schema and "x-kubernetes-preserve-unknown-fields" not in schema:
-            strict.setdefault("additionalProperties", False)
-        if schema.get("x-kubernetes-int-or-string"):
-            strict.pop("type", None)
-        return strict
-    return [_strict(value) for value in schema] if isinstance(schema, list) else schema
-
-
-def test_rayjob_is_valid_under_kuberay_s_schema(shared: Path) -> None:
-    manifest = yaml.safe_load((REPOSITORY / "cluster/rayjob.yaml").read_text())
-    definition = shared / "kuberay-crds/ray.io_rayjobs.yaml"
-    manifest["metadata"] = {}  # an open object in the definition
-    _validate(manifest, definition)
-    manifest["spec"]["rayClusterSpec"]["headGroupSpecs"] = {}
-    with pytest.raises(jsonschema.ValidationError):
-        _validate(manifest, definition)
