@@ -13,6 +13,8 @@ from pipeline.config import ClusterConfig
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError
 
+log = logging.getLogger("cherry")
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -76,17 +78,18 @@ def connected() -> Iterator[None]:
 
 
 def scores_on_gpus(config: ClusterConfig) -> bool:
-    """Whether scoring runs on GPUs: as the config says, else where the cluster may have any."""
+    """Whether scoring runs on GPUs: as the config says, else where the cluster has any."""
     if config.gpus_per_actor != "auto":
         return config.gpus_per_actor > 0
-    return _most("GPU") > 0
+    return bool(ray.cluster_resources().get("GPU"))
 
 
-def _most(resource: str) -> float:
-    """What the cluster has, or may grow to where Ray's autoscaler says so."""
-    # Ray Data and Ray Train ask the same private function; there is no public one.
-    growth = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return float(max(ray.cluster_resources().get(resource, 0), growth.get(resource, 0)))
+def _gpus(config: ClusterConfig) -> float:
+    """GPUs that are there; with `autoscaling`, all that the actors need."""
+    there = float(ray.cluster_resources().get("GPU", 0))
+    if config.autoscaling and config.actors != "auto" and config.gpus_per_actor != "auto":
+        return max(there, config.actors * config.gpus_per_actor)
+    return there
 
 
 def plan_workers(config: ClusterConfig) -> Workers:
@@ -106,10 +109,11 @@ def plan_workers(config: ClusterConfig) -> Workers:
             "a worker node, or wait until one has joined."
         )
     tokenisers = None if config.cpus_for_tokenising == "auto" else config.cpus_for_tokenising
-    if tokenisers and tokenisers > _most("CPU"):
+    cpus = sum(node["CPU"] for node in nodes)
+    if tokenisers and tokenisers > cpus and not config.autoscaling:
         raise ConfigError(
-            f"cluster.cpus_for_tokenising {tokenisers}: the cluster has or may have "
-            f"{_most('CPU'):g} CPUs. Ask for fewer, or add nodes."
+            f"cluster.cpus_for_tokenising {tokenisers}: the cluster has {cpus:g} CPUs. Ask for "
+            "fewer, or add nodes."
         )
     num_gpus = config.gpus_per_actor
     if num_gpus == "auto":
@@ -117,16 +121,18 @@ def plan_workers(config: ClusterConfig) -> Workers:
     cores = int(min(node["CPU"] for node in nodes))
     threads = cores if config.threads_per_actor == "auto" else config.threads_per_actor
     if num_gpus:
-        gpus = ray.cluster_resources().get("GPU", 0)
         grow = config.actors == "auto"
-        # One at least is asked for, or an autoscaler would not know that anyone waits.
-        actors = max(1, int(gpus / num_gpus)) if config.actors == "auto" else config.actors
-        if actors * num_gpus > _most("GPU"):
+        most = int(_gpus(config) / num_gpus)
+        actors = most if config.actors == "auto" else config.actors
+        if not 0 < actors <= most:
             raise ConfigError(
                 f"cluster.actors {config.actors} with cluster.gpus_per_actor {num_gpus:g}: the "
-                f"cluster has {gpus:g} GPUs and may have {_most('GPU'):g}. Add GPU nodes, ask for "
-                "fewer actors, or set cluster.gpus_per_actor: 0 to score on CPUs."
+                f"cluster has {_gpus(config):g} GPUs. Add GPU nodes, set cluster.autoscaling: true "
+                "if they join when asked for, ask for fewer actors, or set "
+                "cluster.gpus_per_actor: 0 to score on CPUs."
             )
+        if actors * num_gpus > ray.cluster_resources().get("GPU", 0):
+            log.info("waiting for GPU nodes to join: %g GPUs are asked for", actors * num_gpus)
         return Workers(actors, num_gpus, 0, threads, grow, tokenisers, config.max_units_in_flight)
     actors = len(nodes) if config.actors == "auto" else config.actors
     # Actors share what their node can spare, so that those asked for always fit beside the tasks,
@@ -168,14 +174,14 @@ def plan_trainers(config: ClusterConfig, train: TrainConfig) -> Trainers:
     """
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     use_gpu = scores_on_gpus(config)
-    most = int(_most("GPU")) if use_gpu else len(nodes)
+    most = int(_gpus(config)) if use_gpu else len(nodes)
     workers = most if train.workers == "auto" else train.workers
     cores = int(min((node["CPU"] for node in nodes), default=0))
     per_node = -(-workers // max(1, len(nodes)))
     if workers < 1 or (use_gpu and workers > most) or (not use_gpu and per_node > cores):
         raise ConfigError(
-            f"train.workers {train.workers}: the cluster has {len(nodes)} nodes with CPUs and may "
-            f"have {int(_most('GPU'))} GPUs. Add nodes, or ask for fewer."
+            f"train.workers {train.workers}: the cluster has {len(nodes)} nodes with CPUs and "
+            f"{int(_gpus(config))} GPUs. Add nodes, or ask for fewer."
         )
     if workers % train.gpus_per_replica:
         raise ConfigError(

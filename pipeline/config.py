@@ -113,6 +113,8 @@ class ClusterConfig(Section):
     threads_per_actor: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Torch threads on a CPU. `auto` is all cores of the node, whatever the number of actors,
     because the last bits of a score follow the thread count."""
+    autoscaling: bool = False
+    """Nodes join when asked for: the GPUs that `actors` need may be more than those that are up."""
     cpus_for_tokenising: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Cores that read and tokenise at once, at most; `auto` is what scoring leaves."""
     max_units_in_flight: Annotated[int, Field(gt=0)] = 2
@@ -120,6 +122,15 @@ class ClusterConfig(Section):
     with it when its process dies."""
     price_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Dollars, of a node where there are no GPUs: for `cherry plan` and the progress."""
+
+    @model_validator(mode="after")
+    def _says_what_may_join(self) -> "ClusterConfig":
+        if self.autoscaling and "auto" in (self.actors, self.gpus_per_actor):
+            raise ValueError(
+                "autoscaling needs numbers for cluster.actors and cluster.gpus_per_actor: what is "
+                "up says nothing of what may join"
+            )
+        return self
 
 
 class Config(Section):

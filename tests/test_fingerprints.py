@@ -47,6 +47,7 @@ CHANGE_NOTHING = {
     "cluster.actors": 2,
     "cluster.gpus_per_actor": 0,
     "cluster.threads_per_actor": 1,
+    "cluster.autoscaling": True,
     "cluster.cpus_for_tokenising": 1,
     "cluster.max_units_in_flight": 1,
     "cluster.price_per_gpu_hour": 2.5,
@@ -70,6 +71,7 @@ CHANGE_THE_SELECTION = {
     "select.rows_per_part": 10,
 }
 NEEDS = {
+    "cluster.autoscaling": {"actors": 1, "gpus_per_actor": 0},
     "select.quotas": {"group_by": "output"},
     "select.floor": {"group_by": "output", "quotas": "proportional"},
 }

@@ -14,6 +14,7 @@ from faults_cluster import machines, wait_until
 
 from pipeline import cluster
 from pipeline.config import ClusterConfig
+from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError
 
 
@@ -50,24 +51,21 @@ def test_actors_come_and_go_with_their_nodes(
 
 
 @pytest.mark.ray
-def test_what_an_autoscaler_may_add_can_be_asked_for(
-    ray_local: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From zero GPU nodes: the plan is of what the cluster may grow to."""
-    from ray._private.state import state
-
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"GPU": 4})
-    auto = cluster.plan_workers(ClusterConfig())
-    assert (auto.actors, auto.num_gpus, auto.grow) == (1, 1, True)
-    named = cluster.plan_workers(ClusterConfig(actors=8, gpus_per_actor=0.5))
-    assert (named.actors, named.grow) == (8, False)
-    with pytest.raises(ConfigError, match="the cluster has 0 GPUs and may have 4"):
-        cluster.plan_workers(ClusterConfig(actors=9, gpus_per_actor=0.5))
+def test_what_joins_when_asked_for_can_be_asked_for(ray_local: None) -> None:
+    """A plan from zero GPU nodes does not follow what happens to be up."""
+    config = ClusterConfig(actors=8, gpus_per_actor=0.5, autoscaling=True)
+    workers = cluster.plan_workers(config)
+    assert (workers.actors, workers.num_gpus, workers.grow) == (8, 0.5, False)
+    assert cluster.plan_trainers(config, TrainConfig()).workers == 4
+    with pytest.raises(ConfigError, match="the cluster has 0 GPUs"):
+        cluster.plan_workers(config.model_copy(update={"autoscaling": False}))
+    with pytest.raises(ValueError, match="autoscaling needs numbers"):
+        ClusterConfig(autoscaling=True, gpus_per_actor=1)
 
 
 @pytest.mark.ray
 def test_cores_for_tokenising_are_those_of_the_cluster(ray_local: None) -> None:
     workers = cluster.plan_workers(ClusterConfig(cpus_for_tokenising=1, max_units_in_flight=1))
     assert (workers.tokenisers, workers.units_in_flight) == (1, 1)
-    with pytest.raises(ConfigError, match="cpus_for_tokenising 4: the cluster has or may have 3"):
+    with pytest.raises(ConfigError, match="cpus_for_tokenising 4: the cluster has 3"):
         cluster.plan_workers(ClusterConfig(cpus_for_tokenising=4))
