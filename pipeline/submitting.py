@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from packaging.requirements import Requirement
 from ray.job_submission import JobSubmissionClient
@@ -27,8 +27,6 @@ from pipeline.config_faults import carries_credentials
 from pipeline.errors import ConfigError
 from pipeline.texts import describe_cause
 from pipeline.units import fingerprint
-
-T = TypeVar("T")
 
 Command = Literal["run", "score", "select", "experience", "train", "compare"]
 
@@ -151,8 +149,10 @@ def _connect(address: str | None) -> JobSubmissionClient:
     if address:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray prefers RAY_ADDRESS to an argument
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as err:
+        client = JobSubmissionClient(address)
+        client.list_jobs()  # it may ask for a token
+        return client
+    except (OSError, RuntimeError, ValueError) as err:
         raise ConfigError(
             f"--address {address or 'of the environment'}: no Ray cluster takes jobs there: "
             f"{describe_cause(err)} Expected the address of its dashboard, such as "
