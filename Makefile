@@ -24,6 +24,7 @@ check: .venv/.installed
 
 bench: .venv/.installed $(SMOLLM2)
 	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python tests/benchmarks/scaling.py
 	$(BIN)/python tests/benchmarks/incremental.py lookup
 	$(BIN)/python tests/benchmarks/incremental.py shards
 	$(BIN)/python tests/benchmarks/selection.py scores

@@ -125,6 +125,17 @@ def test_padded_models_train_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [s["loss"] for s in found] == pytest.approx([s["loss"] for s in expected], rel=1e-4)
 
 
+def test_logits_that_are_no_plain_projection_are_the_models_own() -> None:
+    def doubled() -> Any:
+        model = tiny_model("Llama")
+        model.lm_head.register_forward_hook(lambda *call: 2 * call[2])
+        return model
+
+    losses = plain_training(doubled(), make_examples(), CONFIG)
+    found = run(model=doubled())[1]
+    assert [step["loss"] for step in found] == pytest.approx(losses, rel=1e-4)
+
+
 def test_bfloat16_follows_float32() -> None:
     expected, found = run()[1], run(dtype=torch.bfloat16)[1]
     assert [s["loss"] for s in found] == pytest.approx([s["loss"] for s in expected], rel=0.05)
