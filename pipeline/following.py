@@ -12,13 +12,11 @@ import aiohttp
 from ray.job_submission import JobDetails, JobStatus
 
 from pipeline.errors import EXIT_FAILED, ClusterError
-from pipeline.submitting import Submitted
+from pipeline.submitting import BACKOFF_S, Submitted
 from pipeline.texts import describe_cause
 
 T = TypeVar("T")
 
-_BACKOFF_S = (1, 2, 4, 8, 16, 30)
-"""Seconds between tries while a cluster does not answer: its head may be on its way back."""
 _POLL_S = 0.5
 
 
@@ -83,15 +81,15 @@ def _insist(job: Submitted, ask: Callable[[Submitted], T]) -> T:
         try:
             return ask(job)
         except (RuntimeError, OSError, aiohttp.ClientError) as err:  # requests' are OSErrors
-            if time.monotonic() - begun > _BACKOFF_S[-1]:
+            if time.monotonic() - begun > BACKOFF_S[-1]:
                 failures = 0  # it had answered in between
-            if failures == len(_BACKOFF_S):
+            if failures == len(BACKOFF_S):
                 raise ClusterError(
                     f"{job.address}: the cluster does not answer after {failures + 1} tries: "
                     f"{describe_cause(err)} The job {job.submission_id} may still run; the same "
                     "command finds it, and goes on with what is scored if it does not."
                 ) from err
-            time.sleep(_BACKOFF_S[failures] * random.uniform(0.5, 1.0))
+            time.sleep(BACKOFF_S[failures] * random.uniform(0.5, 1.0))
             failures += 1
 
 

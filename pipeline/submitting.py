@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,6 +33,8 @@ Command = Literal["run", "score", "select", "experience", "train", "compare"]
 
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL|CONNECTION_STRING|AUTH", re.IGNORECASE)
 _DISTRIBUTION = "cherry-pipeline"
+BACKOFF_S = (1, 2, 4, 8, 16, 30)
+"""Seconds between tries while a cluster does not answer: its head may be on its way."""
 
 
 @dataclass(frozen=True)
@@ -175,15 +178,21 @@ def _start(
     stem = f"cherry-{command}-{datetime.now(UTC):%Y%m%d}-{same[:8]}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     name = next(name for name in names if name not in jobs)
-    try:
-        client.submit_job(
-            entrypoint=entrypoint,
-            submission_id=name,
-            runtime_env=runtime_env,
-            metadata={"cherry_job": same, "cherry_version": __version__},
-        )
-    except RuntimeError as err:
-        if any(job.submission_id == name for job in client.list_jobs()):
-            return Submitted(client, name, started=False)  # another was first
-        raise ConfigError(f"{client.get_address()}: the job was refused: {err}") from err
+    for wait_s in (*BACKOFF_S, None):
+        try:
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=name,
+                runtime_env=runtime_env,
+                metadata={"cherry_job": same, "cherry_version": __version__},
+            )
+        except RuntimeError as err:
+            if any(job.submission_id == name for job in client.list_jobs()):
+                return Submitted(client, name, started=False)  # another was first
+            # What Ray says of a cluster whose head has only just come up.
+            if wait_s is None or "try again later" not in str(err):
+                raise ConfigError(f"{client.get_address()}: the job was refused: {err}") from err
+            time.sleep(wait_s)
+        else:
+            break
     return Submitted(client, name, started=True)

@@ -229,7 +229,7 @@ class S3:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """SeaweedFS on loopback, with credentials in the environment as a user would set them."""
     folder = tmp_path_factory.mktemp("seaweedfs")
-    ports = _free_ports(4)
+    ports = free_ports(4)
     endpoint = f"http://127.0.0.1:{ports[0]}"
     settings = {
         "AWS_ACCESS_KEY_ID": "cherry-test",
@@ -260,7 +260,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
             os.environ.pop(name, None)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that are free now, and whose gRPC partner (port + 10000) is too."""
     found: list[int] = []
     held = []

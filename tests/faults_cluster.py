@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import REPOSITORY
+from conftest import REPOSITORY, free_ports
 from ray.cluster_utils import Cluster
 
 _POLL_S = 0.1
@@ -48,6 +48,9 @@ class Machines:
             num_cpus=0,
             include_dashboard=dashboard,
             dashboard_port=0,  # any that is free
+            # Jobs are handed to the head's agent: not on Ray's fixed port, which another cluster
+            # of this machine may have.
+            dashboard_agent_listen_port=free_ports(1)[0],
             object_store_memory=150_000_000,
             temp_dir=folder,
             _system_config=health,

@@ -204,6 +204,32 @@ def test_what_cannot_work_is_not_sent(
     assert "word" not in result.stderr
 
 
+def test_a_cluster_that_has_just_come_up_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray refuses jobs until an agent is there, with these words; what else it refuses, it does."""
+    monkeypatch.setattr(submitting, "BACKOFF_S", (0.0, 0.0))
+    refusals = ["No available agent to submit job, please try again later."]
+
+    class Client:
+        def list_jobs(self) -> list[Any]:
+            return []
+
+        def get_address(self) -> str:
+            return "http://head:8265"
+
+        def submit_job(self, **_: Any) -> None:
+            if refusals:
+                raise RuntimeError(refusals.pop())
+
+    client: Any = Client()
+    assert submitting._start(client, "run", "python", "0" * 16, {}).started
+    refusals += ["no such image"]
+    with pytest.raises(errors.ConfigError, match="the job was refused: no such image"):
+        submitting._start(client, "run", "python", "0" * 16, {})
+    refusals += ["try again later"] * 4
+    with pytest.raises(errors.ConfigError, match="try again later"):
+        submitting._start(client, "run", "python", "0" * 16, {})
+
+
 def test_extras_travel_in_the_versions_that_are_here() -> None:
     pins = submitting._pins("gguf")
     assert [pin.partition("==")[0] for pin in pins] == ["gguf", "accelerate"]
