@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import garbage, run, uploads
 from pipeline.cli import app
+from pipeline.config import parse
 from pipeline.garbage import Garbage
 from pipeline.job import check, plan
 
@@ -23,14 +25,47 @@ ConfigFor = Callable[..., Any]
 DAY_S = 24 * 3600
 
 
+@pytest.fixture(scope="module")
+def scored(
+    ray_local: None, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Three shards, scored; the middle one was then replaced by a longer one and scored too.
+
+    Scored once, in a folder that each test gets back as it was, from the second one: what a part is
+    called follows from where its shard lies.
+    """
+    folder, kept = tmp_path_factory.mktemp("garbage"), tmp_path_factory.mktemp("kept")
+    for number, rows in enumerate((ROWS[:15], ROWS[15:30], ROWS[30:])):
+        write_parquet(folder / f"corpus/shard-{number}.parquet", rows)
+    run.score(_config(folder, model_dir))
+    write_parquet(folder / "corpus/shard-1.parquet", ROWS[15:31])
+    run.score(_config(folder, model_dir))
+    shutil.copytree(folder, kept, dirs_exist_ok=True)
+    return folder, kept
+
+
+def _config(folder: Path, model_dir: Path) -> Any:
+    return parse(
+        {
+            "input": {"path": str(folder / "corpus")},
+            "output": str(folder / "out"),
+            "model": {"path": str(model_dir), "dtype": "float32"},
+            "score": {"unit_rows": 100},
+        }
+    )
+
+
 @pytest.fixture
-def config(ray_local: None, config_for: ConfigFor, corpus: Path) -> Any:
-    """Three shards, scored; the middle one was then replaced by a longer one and scored too."""
-    config = config_for(corpus, score={"unit_rows": 100})
-    run.score(config)
-    write_parquet(corpus / "shard-1.parquet", ROWS[15:31])
-    run.score(config)
-    return config
+def config(scored: tuple[Path, Path], model_dir: Path) -> Any:
+    folder, kept = scored
+    shutil.rmtree(folder)
+    shutil.copytree(kept, folder)
+    return _config(folder, model_dir)
+
+
+@pytest.fixture
+def corpus(config: Any) -> Path:
+    return Path(config.input.path)
 
 
 def gc(config: Any, *options: str) -> Result:
