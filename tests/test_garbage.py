@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from pipeline.garbage import Garbage
 from pipeline.job import check, plan
 
 pytestmark = pytest.mark.ray
-ConfigFor = Callable[..., Any]
 DAY_S = 24 * 3600
 
 
@@ -138,7 +136,7 @@ def test_an_empty_input_is_refused(config: Any, corpus: Path) -> None:
     assert len(parts(config)) == 4
 
 
-def test_other_settings_are_left_alone_unless_all(config: Any, config_for: ConfigFor) -> None:
+def test_other_settings_are_left_alone_unless_all(config: Any) -> None:
     other = config.model_copy(update={"score": config.score.model_copy(update={"max_length": 64})})
     run.score(other)
     age(config)
