@@ -70,7 +70,7 @@ def cherry(
     }
     return subprocess.run(
         [sys.executable, "-m", "pipeline", arguments[0], str(path), *arguments[1:], "--json"],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=540,
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def scores(scores_path: str) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)  # forty processes begin one after the other
 def test_deadly_rows_end_as_errors_and_all_others_are_scored(
     ray_local: None, config_for: ConfigFor, tmp_path: Path
 ) -> None:
