@@ -2,10 +2,11 @@
 
 Units of about five seconds, on logical GPUs, one an actor. The scorer costs a fixed time per token
 and imports no torch, so that what is measured is this pipeline and Ray, and not the cores that
-this machine lacks. Efficiency is the time of one actor over the time of n, over n; the time of a
-unit outside scoring is what its actor was idle for, per unit.
+this machine lacks. Linear would be the scorers' own seconds over the number of actors: all of them
+busy from the first scoring start to the last commit. The time of a unit outside scoring is what its
+actor was idle for, per unit, its start and the end of the run included.
 
-    python tests/benchmarks/scaling.py [--actors 1 2 4 8] [--units N] [--seconds S]
+    python tests/benchmarks/scaling.py [--actors 1 2 4 8] [--units N]
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
         write_corpus(folder / "corpus.parquet", options.units)
         for actors in options.actors:
             results.append(measure(actors, options, folder, model))
-            print(describe(results[-1], results[0]), flush=True)
+            print(describe(results[-1]), flush=True)
     print(json.dumps(results))
 
 
@@ -102,16 +103,16 @@ def measure(actors: int, options: argparse.Namespace, folder: Path, model: Path)
         "unit_s": sum(asleep) / options.units,
         "scoring_s": seconds,
         "whole_s": whole,
+        "of_linear": sum(asleep) / actors / seconds,
         "outside_ms_per_unit": 1000 * (seconds * actors - sum(asleep)) / options.units,
     }
 
 
-def describe(found: dict[str, Any], first: dict[str, Any]) -> str:
-    linear = first["scoring_s"] * first["actors"] / found["actors"]
+def describe(found: dict[str, Any]) -> str:
     return (
         f"{found['actors']} actors: {found['units']} units of {found['unit_s']:.2f} s in "
         f"{found['scoring_s']:.1f} s ({found['whole_s']:.1f} s with start and selection), "
-        f"{linear / found['scoring_s']:.3f} of linear, "
+        f"{found['of_linear']:.3f} of linear, "
         f"{found['outside_ms_per_unit']:.0f} ms a unit outside scoring"
     )
 
