@@ -53,7 +53,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--units", type=int, default=160)
-    parser.add_argument("--seconds-per-token", type=float, default=0.0013)
+    parser.add_argument("--seconds-per-token", type=float, default=0.0022)
     return parser.parse_args()
 
 
