@@ -120,11 +120,14 @@ def _is_any(kind: pa.DataType, tests: tuple[str, ...]) -> bool:
 
 
 def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The common type of two, if there is one."""
+    """The common type of two, if there is one and both can be cast to it."""
     if any(_is_any(a, _TEXT) and _is_any(b, _BYTES) for a, b in ((one, other), (other, one))):
         return None  # pyarrow would make bytes of the text
     both = [pa.schema([("column", kind)]) for kind in (one, other)]
     try:
-        return pa.unify_schemas(both, promote_options="permissive").field("column").type
-    except pa.ArrowTypeError:
+        common = pa.unify_schemas(both, promote_options="permissive").field("column").type
+        for kind in (one, other):  # int64 and decimal(20, 2) widen to what no int64 can become
+            pa.nulls(1, kind).cast(common)
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
         return None
+    return common

@@ -154,6 +154,7 @@ def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) 
         (pa.array([0, 1], pa.timestamp("us")), pa.array([0, 1], pa.timestamp("us", "UTC"))),
         (pa.array(["x", "y"]).dictionary_encode(), pa.array(["x", "y"])),
         (pa.array(["x", "y"]), pa.array([b"x", b"y"])),
+        (pa.array([1, 2]), pa.array([Decimal("1.5")] * 2, pa.decimal128(20, 2))),
     ],
     ids=[
         "int text",
@@ -163,6 +164,7 @@ def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) 
         "time zone",
         "dictionary text",
         "text bytes",
+        "int64 short decimal",
     ],
 )
 def test_types_that_do_not_go_together_name_both_shards(
