@@ -128,11 +128,10 @@ def plan(
     ] = 0,
 ) -> None:
     """Estimate what a run would score and cost; tokenises a sample."""
-    with speaking(as_json) as (out, results, _):
-        found = flow.estimate(config.load(path, overrides), score_rows)
-        report.show_estimate(found, results)
-        if as_json:
-            print_json(asdict(found), out)
+    _watch(
+        lambda settings, _: flow.estimate(settings, score_rows),
+        report.show_estimate, asdict, path, overrides, as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -149,11 +148,12 @@ def gc(
     ] = False,
 ) -> None:
     """List parts that no current input names, and unfinished uploads; older than 24 hours."""
-    with speaking(as_json) as (out, results, _):
-        found = flow.gc(config.load(path, overrides), everything, delete, force)
-        report.show_garbage(found, delete, results)
-        if as_json:
-            print_json(found.summary(deleted=delete), out)
+    _watch(
+        lambda settings, _: flow.gc(settings, everything, delete, force),
+        lambda found, console: report.show_garbage(found, delete, console),
+        lambda found: found.summary(deleted=delete),
+        path, overrides, as_json,
+    )  # fmt: skip
 
 
 @app.command()

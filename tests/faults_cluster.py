@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 from conftest import REPOSITORY, free_ports
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 _POLL_S = 0.1
@@ -55,6 +56,8 @@ class Machines:
             temp_dir=folder,
             _system_config=health,
         )
+        # As `ray start` does: of several clusters on a machine, a job else gets any.
+        write_ray_address(self.address, folder)
         self.num_workers = num_workers
         self._gpus = gpus
         self.restore()

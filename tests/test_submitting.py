@@ -119,11 +119,9 @@ def test_exit_codes_pass_through(
     missing = config_file(rows(1), "missing")
     config = yaml.safe_load(missing.read_text())
     missing.write_text(yaml.safe_dump(config | {"input": {"path": "s3://cherry/nowhere"}}))
-    said = []
-    for path, code in ((many, 3), (missing, 2)):  # in turns: both want all cores
-        command = submit(path, cluster, "--wait")
-        said.append(command.communicate(timeout=300))
-        assert command.returncode == code, said[-1]
+    commands = [submit(path, cluster, "--wait") for path in (many, missing)]
+    said = [command.communicate(timeout=300) for command in commands]
+    assert [command.returncode for command in commands] == [3, 2], said
     assert "50.00 % of the rows failed" in said[0][0]
     assert "s3://cherry/nowhere" in said[1][0]
 

@@ -34,19 +34,13 @@ def test_a_text_template_ends_with_eos() -> None:
     assert losses == ["three four</s>"]
 
 
-def test_a_chat_ends_with_its_own_token() -> None:
-    renderer = Renderer(make_tokenizer(chat_template=CHATML), "chat", 512, False)
-    text, losses = example(renderer, USER, ANSWER, USER, Message("assistant", "five"))
-    assert text.endswith("five<|im_end|>")
-    assert losses == ["three four<|im_end|>", "five<|im_end|>"]
-
-
-def test_white_space_before_the_end_belongs_to_it() -> None:
-    template = CHATML.replace("<|im_end|>", "\n<|im_end|>")
+@pytest.mark.parametrize("space", ["", "\n"])
+def test_a_chat_ends_with_its_own_token_and_the_white_space_before_it(space: str) -> None:
+    template = CHATML.replace("<|im_end|>", f"{space}<|im_end|>")
     renderer = Renderer(make_tokenizer(chat_template=template), "chat", 512, False)
     text, losses = example(renderer, USER, ANSWER, USER, Message("assistant", "five"))
-    assert text.endswith("five\n<|im_end|>")
-    assert losses == ["three four\n<|im_end|>", "five\n<|im_end|>"]
+    assert text.endswith(f"five{space}<|im_end|>")
+    assert losses == [f"three four{space}<|im_end|>", f"five{space}<|im_end|>"]
 
 
 def test_an_answer_that_goes_on_does_not_end() -> None:
