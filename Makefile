@@ -23,6 +23,9 @@ check: .venv/.installed
 	$(BIN)/mypy
 
 bench: .venv/.installed $(SMOLLM2)
+	$(BIN)/python tests/benchmarks/engine.py speed
+	$(BIN)/python tests/benchmarks/engine.py fidelity
+	$(BIN)/python tests/benchmarks/engine.py memory
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/scaling.py
 	$(BIN)/python tests/benchmarks/incremental.py lookup

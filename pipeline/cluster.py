@@ -92,6 +92,13 @@ def _gpus(config: ClusterConfig) -> float:
     return there
 
 
+def _places(config: ClusterConfig, num_gpus: float) -> int:
+    """Actors that fit: the GPUs of one lie on one node."""
+    nodes = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+    there = sum(int(gpus / num_gpus) for gpus in nodes)
+    return max(there, int(_gpus(config) / num_gpus)) if config.autoscaling else there
+
+
 def plan_workers(config: ClusterConfig) -> Workers:
     """Resolve the cluster section against the running cluster.
 
@@ -122,14 +129,14 @@ def plan_workers(config: ClusterConfig) -> Workers:
     threads = cores if config.threads_per_actor == "auto" else config.threads_per_actor
     if num_gpus:
         grow = config.actors == "auto"
-        most = int(_gpus(config) / num_gpus)
+        most = _places(config, num_gpus)
         actors = most if config.actors == "auto" else config.actors
         if not 0 < actors <= most:
             raise ConfigError(
                 f"cluster.actors {config.actors} with cluster.gpus_per_actor {num_gpus:g}: the "
-                f"cluster has {_gpus(config):g} GPUs. Add GPU nodes, set cluster.autoscaling: true "
-                "if they join when asked for, ask for fewer actors, or set "
-                "cluster.gpus_per_actor: 0 to score on CPUs."
+                f"cluster has {_gpus(config):g} GPUs, room for {most} actors. Add GPU nodes, set "
+                "cluster.autoscaling: true if they join when asked for, ask for fewer actors, or "
+                "set cluster.gpus_per_actor: 0 to score on CPUs."
             )
         if actors * num_gpus > ray.cluster_resources().get("GPU", 0):
             log.info("waiting for GPU nodes to join: %g GPUs are asked for", actors * num_gpus)

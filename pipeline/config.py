@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config_base import ColumnField, Layout, Section
 from pipeline.config_faults import carries_credentials, describe
 from pipeline.config_select import Ratio, SelectConfig
 from pipeline.config_training import CompareConfig, ExperienceConfig, TrainConfig
 from pipeline.errors import ConfigError
+from pipeline.sharing import SHARES, Share
 
 TemplateName = Literal["alpaca", "wizardlm", "vicuna", "plain", "chat"]
 PresetName = Literal["cherry", "cherry-wizardlm", "cherry-vicuna", "superfiltering", "chat"]
@@ -90,6 +91,10 @@ class ScoreConfig(Section):
     """Tokens. Null is the preset's or the model's limit, whichever is less."""
     max_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Tokens of a pack; `auto` follows from the kind of device, never from timing."""
+    share: tuple[Share, ...] = SHARES
+    """Work done once for several: what rows of a pack begin with (`prefixes`), passes over the same
+    tokens (`equal`), and the conditioned pass of a conversation (`turns`). Scores agree within
+    1e-5 in float32; `[]` computes everything plainly."""
     unit_rows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Rows of a work unit. `auto` aims at tens of seconds from footer and model size alone."""
     reuse: Literal["rows", "units"] = "rows"
@@ -108,8 +113,9 @@ class ClusterConfig(Section):
     actors: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Models held at once; `auto` is one per GPU, more as GPUs join and fewer as they leave, or one
     per node without GPUs."""
-    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
-    """`auto` is 1 where the cluster has GPUs and 0 where it has none."""
+    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """`auto` is 1 where the cluster has GPUs and 0 where it has none. A model that one GPU is too
+    small for is spread over 2 or more of a node, layer by layer."""
     threads_per_actor: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Torch threads on a CPU. `auto` is all cores of the node, whatever the number of actors,
     because the last bits of a score follow the thread count."""
@@ -122,6 +128,13 @@ class ClusterConfig(Section):
     with it when its process dies."""
     price_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Dollars, of a node where there are no GPUs: for `cherry plan` and the progress."""
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _whole_above_one(cls, value: Any) -> Any:
+        if value != "auto" and value > 1 and value != int(value):
+            raise ValueError(f"got {value:g}, expected a share of one GPU or a whole number")
+        return value
 
     @model_validator(mode="after")
     def _says_what_may_join(self) -> "ClusterConfig":

@@ -1,6 +1,6 @@
 """The scoring engine: a resident language model, packs in, nats out. Torch only, no Ray.
 
-Sequences of a pack lie end to end (see attention.py), position ids restart at each, and only the
+Sequences of a pack lie end to end (see packing.py), position ids restart at each, and only the
 hidden states that predict a scored token meet the vocabulary projection::
 
     ids         [p p p r r|r' r']           p prompt, r response; the direct pass is r' r'
@@ -8,15 +8,17 @@ hidden states that predict a scored token meet the vocabulary projection::
     hidden at    . . x x .|x  .             x predicts a scored token: the causal shift
     target           r r   r'
 
+Equal sequences are computed once, and so is what the sequences of a pack begin with in common.
+
 On load, probe sequences are scored in a pack and by transformers' own eager attention. An
 architecture that disagrees is scored in padded batches through its own attention instead.
 """
 
-import ctypes
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.devices import auto_batch_tokens, from_device, mark, to_device
 from pipeline.forward import hidden_packed, run_padded
-from pipeline.packing import plan_packs
+from pipeline.packing import Laid, lay_out, plan_packs
 from pipeline.probe import find_fault
-from pipeline.projection import VOCABULARY_CHUNK, Projection
+from pipeline.projection import Projection
+from pipeline.sharing import SHARES, Prefix, Share, TokenIds, find_equal, find_prefixes
 
 log = logging.getLogger("cherry")
-
-# malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes.
-_MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
-
-TokenIds = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -58,40 +57,17 @@ class SequenceLoss:
     """Class of the exception that this sequence alone raised."""
 
 
-def auto_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA and on CPUs that multiply it in hardware, float32 otherwise."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+class _Running(NamedTuple):
+    """A pass that the device may still be at."""
 
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a pack frees for the next pack, instead of handing it to the system.
-
-    Activations of some megabytes are otherwise mapped, zeroed by page faults and unmapped again in
-    every layer: SmolLM2-135M in bfloat16 on two cores scored 787 tokens/s without and 964 with.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc; musl and macOS have their own ways
-        for option, value in _MALLOC_OPTIONS.items():
-            libc.mallopt(option, value)
-
-
-def auto_batch_tokens(device: torch.device, config: Any) -> int:
-    """Tokens of a pack, from the kind of device and the model's shape, never from timing.
-
-    CPU: 4,096. CUDA: what fits a third of the device's memory, at most 65,536.
-    """
-    if device.type != "cuda":
-        return 4096
-    hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    # Two bytes each of residual, norms, query, key, value and output, and of both halves of a
-    # gated MLP, plus a float32 chunk of logits and its softmax.
-    bytes_per_token = 2 * (8 * hidden + 3 * inner) + 2 * 4 * VOCABULARY_CHUNK
-    total = torch.cuda.get_device_properties(device).total_memory
-    return int(min(65536, max(2048, total / 3 / bytes_per_token) // 1024 * 1024))
+    sequences: list[TokenSequence]
+    nll_S: Tensor = torch.zeros(0)
+    """Losses of all scored tokens, in the order of spans, on their way to the CPU."""
+    mean_BM: Tensor | None = None
+    """Mean last hidden state of each sequence, likewise."""
+    arrived: torch.cuda.Event | None = None
+    error: str | None = None
+    """Or the exception that kept it from running."""
 
 
 class Engine:
@@ -102,6 +78,7 @@ class Engine:
         model: Any,
         max_batch_tokens: int | Literal["auto"] = "auto",
         max_length: int | None = None,
+        share: Collection[Share] = SHARES,
     ) -> None:
         """Take a loaded model in its final dtype and device, and probe it.
 
@@ -109,6 +86,7 @@ class Engine:
             model: A transformers causal LM.
             max_batch_tokens: Budget of a pack.
             max_length: Longest sequence that will come, in tokens; None is the model's positions.
+            share: Work to do once for several; scores agree within rounding.
         """
         self.model = model.eval()
         self.device = next(model.parameters()).device
@@ -122,11 +100,16 @@ class Engine:
         self._num_embeddings = int(model.get_input_embeddings().num_embeddings)
         self._projection = Projection(model)
         self.mode: Literal["packed", "padded"] = "packed"
-        if fault := find_fault(model, max_length):
+        self.share = set(share)
+        name = type(model).__name__
+        if "prefixes" in share and (fault := find_fault(model, max_length, sharing=True)):
+            log.warning("%s: %s; prefixes are not shared", name, fault)
+            self.share.discard("prefixes")
+        if "prefixes" not in self.share and (fault := find_fault(model, max_length)):
             log.warning(
                 "%s: %s; scoring in padded batches through its own attention instead, which is "
                 "slower",
-                type(model).__name__,
+                name,
                 fault,
             )
             self.mode = "padded"
@@ -156,89 +139,112 @@ class Engine:
         for sequence in sequences:
             if any(not 0 < s < e <= len(sequence.input_ids) for s, e in sequence.spans):
                 raise ValueError(f"spans {sequence.spans} over {len(sequence.input_ids)} tokens")
-        results: list[SequenceLoss | None] = [None] * len(sequences)
-        budget = self.max_batch_tokens
-        if self.mode == "padded":  # whole float32 logits of at most 1 GiB
-            budget = max(1, min(budget, 2**30 // (4 * self._vocab_size)))
+        results: dict[int, SequenceLoss] = {}
+        same_as = list(range(len(sequences)))
+        if "equal" in self.share:
+            same_as = find_equal([s.input_ids for s in sequences], [s.spans for s in sequences])
         known = []
-        for index, sequence in enumerate(sequences):
-            if np.max(sequence.input_ids, initial=0) < self._num_embeddings:
+        for index in sorted(set(same_as)):
+            if np.max(sequences[index].input_ids, initial=0) < self._num_embeddings:
                 known.append(index)
             else:
                 results[index] = SequenceLoss(error="UnknownToken")
-        for pack in plan_packs([len(sequences[i].input_ids) for i in known], budget):
-            self._score_pack(sequences, [known[i] for i in pack], results, hidden)
-        return [result for result in results if result is not None]
+        # The device is at a pass while the losses of the one before are added up.
+        for pack, running in _one_ahead(self._passes([sequences[i] for i in known], hidden)):
+            for at, loss in zip(pack, _finish(running), strict=True):
+                results[known[at]] = loss
+        return [results[index] for index in same_as]
 
-    def _score_pack(
-        self,
-        sequences: Sequence[TokenSequence],
-        pack: list[int],
-        results: list[SequenceLoss | None],
-        hidden: bool,
-    ) -> None:
-        chosen = [sequences[i] for i in pack]
-        failure = None
-        try:
-            losses = self._losses(chosen, hidden)
-        except torch.AcceleratorError:
-            raise
-        except (RuntimeError, IndexError, ValueError, MemoryError) as err:
-            # OutOfMemoryError is a RuntimeError; the rest is one bad sequence spoiling its pack.
-            failure = type(err).__name__
-            message = str(err)
-        if failure is None:
-            for index, loss in zip(pack, losses, strict=True):
-                results[index] = loss
-            return
-        if len(pack) == 1:
-            log.warning("a sequence of %d tokens failed: %s", len(chosen[0].input_ids), message)
-            results[pack[0]] = SequenceLoss(error=failure)
-            return
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        middle = len(pack) // 2
-        self._score_pack(sequences, pack[:middle], results, hidden)
-        self._score_pack(sequences, pack[middle:], results, hidden)
+    def _passes(
+        self, sequences: list[TokenSequence], hidden: bool
+    ) -> Iterator[tuple[list[int], _Running]]:
+        """Start one pass after the other; yields the indices of its sequences with each."""
+        budget = self.max_batch_tokens
+        if self.mode == "padded":  # whole float32 logits of at most 1 GiB
+            budget = max(1, min(budget, 2**30 // (4 * self._vocab_size)))
+        ids = [sequence.input_ids for sequence in sequences]
+        prefixes: list[Prefix | None] = [None] * len(ids)
+        if "prefixes" in self.share:
+            prefixes = find_prefixes(ids)
+        packs = plan_packs([len(each) for each in ids], budget, prefixes)[::-1]
+        while packs:
+            pack = packs.pop()
+            chosen = [sequences[i] for i in pack]
+            try:
+                laid = lay_out([ids[i] for i in pack], [prefixes[i] for i in pack])
+                yield pack, self._start(laid, chosen, hidden)
+                continue
+            except torch.AcceleratorError:
+                raise
+            except (RuntimeError, IndexError, ValueError, MemoryError) as err:
+                # OutOfMemoryError is a RuntimeError; the rest is one sequence spoiling its pack.
+                failure, message = type(err).__name__, str(err)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(pack) == 1:
+                log.warning("a sequence of %d tokens failed: %s", len(ids[pack[0]]), message)
+                yield pack, _Running(chosen, error=failure)
+            else:
+                middle = len(pack) // 2
+                packs += [pack[middle:], pack[:middle]]
 
-    def _losses(self, sequences: list[TokenSequence], hidden: bool) -> list[SequenceLoss]:
-        positions, owners = [], []
-        offset = num_spans = 0
-        for sequence in sequences:
-            for start, end in sequence.spans:
-                positions.append(torch.arange(offset + start, offset + end))
-                owners.append(torch.full((end - start,), num_spans))
-                num_spans += 1
-            offset += len(sequence.input_ids)
-        if not num_spans:
-            return [SequenceLoss() for _ in sequences]
-        ids_T = torch.from_numpy(np.concatenate([s.input_ids for s in sequences])).long()
-        position_S = torch.cat(positions)
-        lengths = [len(s.input_ids) for s in sequences]
-        hidden_TM, nll_S = self._forward(lengths, ids_T, position_S, hidden)
-        # float64 sums, in token order: a span's sum does not depend on its neighbours.
-        sums = torch.zeros(num_spans, dtype=torch.float64)
-        sums.index_add_(0, torch.cat(owners), nll_S.to("cpu", torch.float64))
-        values = iter(sums.tolist())
-        means: Sequence[Any] = [None] * len(sequences)
-        if hidden and hidden_TM is not None:
-            means = [h_TM.float().mean(0).cpu().numpy() for h_TM in hidden_TM.split(lengths)]
-        return [
-            SequenceLoss(tuple(next(values) for _ in s.spans), mean)
-            for s, mean in zip(sequences, means, strict=True)
+    # T=tokens of the pack, S=scored tokens, B=sequences, M=hidden size, V=vocabulary
+    def _start(self, laid: Laid, sequences: list[TokenSequence], hidden: bool) -> _Running:
+        """Send a pack through the model, without waiting for what comes out."""
+        spans = [
+            (sequence.input_ids, place, start, end)
+            for sequence, place in zip(sequences, laid.places, strict=True)
+            for start, end in sequence.spans
         ]
-
-    # T=tokens of the pack, S=scored tokens, M=hidden size, V=vocabulary
-    def _forward(
-        self, lengths: list[int], ids_T: Tensor, position_S: Tensor, hidden: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """Last hidden states if asked for, and the loss of the tokens at `position_S`, in nats."""
-        targets_S = ids_T[position_S].to(self.device)
+        if not spans:
+            return _Running(sequences)
         # The causal shift happens here only: the state at t - 1 predicts token t.
-        before_S = position_S.to(self.device) - 1
+        before_S = np.concatenate([place[start - 1 : end - 1] for _, place, start, end in spans])
+        target_S = np.concatenate([ids[start:end] for ids, _, start, end in spans])
+        ids_T = to_device(laid.ids_T, self.device).long()
         if self.mode == "padded":
+            lengths = list(laid.pack.lengths)
             logits_TV, states_TM = run_padded(self.model, lengths, ids_T, hidden=hidden)
-            nll_S = F.cross_entropy(logits_TV[before_S].float(), targets_S, reduction="none")
-            return states_TM, nll_S
-        hidden_TM = hidden_packed(self.model, lengths, ids_T)
-        return hidden_TM, self._projection.nll(hidden_TM[before_S], targets_S)
+            logits_SV = logits_TV[to_device(before_S, logits_TV.device)].float()
+            targets = to_device(target_S, logits_TV.device).long()
+            nll_S = F.cross_entropy(logits_SV, targets, reduction="none")
+        else:
+            states_TM = hidden_packed(self.model, laid.pack, ids_T)
+            hidden_SM = states_TM[to_device(before_S, states_TM.device)]
+            targets = to_device(target_S, states_TM.device).long()
+            nll_S = self._projection.nll(hidden_SM, targets)
+        mean_BM = None
+        if hidden and states_TM is not None:
+            places = [to_device(place, states_TM.device) for place in laid.places]
+            mean_BM = from_device(torch.stack([states_TM[at].float().mean(0) for at in places]))
+        return _Running(sequences, from_device(nll_S), mean_BM, mark(nll_S.device))
+
+
+def _finish(running: _Running) -> list[SequenceLoss]:
+    """Wait for a pass, and add up the losses of each span."""
+    if running.error:
+        return [SequenceLoss(error=running.error) for _ in running.sequences]
+    if running.arrived:
+        running.arrived.synchronize()
+    counts = [end - start for sequence in running.sequences for start, end in sequence.spans]
+    # float64 sums, in token order: a span's sum does not depend on its neighbours.
+    sums = iter([float(nll.sum()) for nll in running.nll_S.double().split(counts)])
+    means = running.mean_BM.numpy() if running.mean_BM is not None else None
+    return [
+        SequenceLoss(
+            tuple(next(sums) for _ in sequence.spans), None if means is None else means[at]
+        )
+        for at, sequence in enumerate(running.sequences)
+    ]
+
+
+T = TypeVar("T")
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each handed over when the next one is made."""
+    waiting = [item for item in itertools.islice(items, 1)]
+    for item in items:
+        yield waiting.pop()
+        waiting.append(item)
+    yield from waiting

@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 
 from pipeline.attention import PACKED
+from pipeline.packing import Pack
 
 
 # T=tokens of all sequences, M=hidden size, V=vocabulary, B=sequences, L=longest of them
-def hidden_packed(model: Any, lengths: list[int], ids_T: Tensor) -> Tensor:
-    """Last hidden states of a pack of sequences that lie end to end, shape (T, M)."""
-    device = model.device
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    positions_T = torch.cat([torch.arange(n) for n in lengths])
+def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
+    """Last hidden states of a pack, shape (T, M)."""
     _use_attention(model, PACKED)
     output = model.base_model(
-        input_ids=ids_T.unsqueeze(0).to(device),
-        position_ids=positions_T.unsqueeze(0).to(device),
+        input_ids=ids_T.unsqueeze(0).to(model.device),
+        position_ids=pack.positions().unsqueeze(0).to(model.device),
         use_cache=False,
-        cu_seq_lens_q=bounds.to(device),
-        max_length_q=max(lengths),
+        cherry_pack=pack,
     )
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline import cluster, engine, inputs, model_files, models, storage, units
+from pipeline import cluster, devices, inputs, model_files, models, storage, units
 from pipeline.budgets import SelectSettings
 from pipeline.columns import merged_schema, output_schema
 from pipeline.config import Config, ModelConfig
@@ -94,6 +94,7 @@ def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
         max_length=renderer.max_length,
         dtype=_dtype(config),
         max_batch_tokens=config.score.max_batch_tokens,
+        share=config.score.share,
         measure=measure,
     )
     score_fp = settings.fingerprint(
@@ -170,4 +171,4 @@ def _dtype(config: Config) -> Any:
     if config.model.dtype != "auto":
         return config.model.dtype
     device = torch.device("cuda" if cluster.scores_on_gpus(config.cluster) else "cpu")
-    return str(engine.auto_dtype(device)).removeprefix("torch.")
+    return str(devices.auto_dtype(device)).removeprefix("torch.")

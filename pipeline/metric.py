@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engine import Engine, SequenceLoss, TokenIds, TokenSequence
+from pipeline.engine import Engine, SequenceLoss, TokenSequence
 from pipeline.rendering import TokenTurn
 from pipeline.schemas import PART, flat_lists
+from pipeline.sharing import TokenIds
 
 
 def score_table(
@@ -30,32 +31,42 @@ def score_table(
         prefix_ids: What the tokenizer puts before a text.
 
     Returns:
-        The part, in the PART schema, and the tokens of both passes.
+        The part, in the PART schema, and the tokens of both passes, before any work is shared.
     """
     offsets, values = flat_lists(tokens["input_ids"])
     prefix = np.array(prefix_ids, dtype=np.int32)
     rows = tokens.drop_columns("input_ids").to_pylist()
     sequences: list[TokenSequence] = []
     owners: list[int] = []
+    num_tokens = 0
     for index, row in enumerate(rows):
         if row["status"] == "ok":
             row["turns"] = [TokenTurn(*turn) for turn in row["turns"]]
             ids = values[offsets[index] : offsets[index + 1]]
-            added = _passes(ids, row["turns"], prefix)
-            sequences += added
-            owners += [index] * len(added)
+            conditioned = conditioned_passes(ids, row["turns"], "turns" in engine.share)
+            direct = direct_passes(ids, row["turns"], prefix)
+            sequences += conditioned + direct
+            owners += [index] * len(conditioned + direct)
+            num_tokens += len(ids) + sum(len(each.input_ids) for each in direct)
     losses: dict[int, list[SequenceLoss]] = {index: [] for index in range(len(rows))}
     for index, loss in zip(owners, engine.score(sequences), strict=True):
         losses[index].append(loss)
     scored = [_score_row(row, losses[index]) for index, row in enumerate(rows)]
     part = pa.Table.from_pylist(scored, schema=PART)
-    return part, sum(len(s.input_ids) for s in sequences)
+    return part, num_tokens
 
 
-def _passes(ids_T: TokenIds, turns: list[TokenTurn], prefix: TokenIds) -> list[TokenSequence]:
-    """The conditioned pass of a row over all its turns, then one direct pass a turn."""
-    spans = tuple((t.conditioned_start, t.end) for t in turns if t.num_conditioned)
-    passes = [TokenSequence(ids_T, spans)]
+def conditioned_passes(ids_T: TokenIds, turns: list[TokenTurn], share: bool) -> list[TokenSequence]:
+    """One pass over all turns of a row, or one a turn."""
+    spans = [(t.conditioned_start, t.end) for t in turns if t.num_conditioned]
+    if share:
+        return [TokenSequence(ids_T, tuple(spans))]
+    return [TokenSequence(ids_T[: span[1]], (span,)) for span in spans]
+
+
+def direct_passes(ids_T: TokenIds, turns: list[TokenTurn], prefix: TokenIds) -> list[TokenSequence]:
+    """One pass a turn, over what comes after its prompt."""
+    passes = []
     for turn in turns:
         if turn.num_direct:
             shift = len(prefix) - turn.direct_start
@@ -83,8 +94,9 @@ def _score_row(row: dict[str, Any], losses: list[SequenceLoss]) -> dict[str, Any
     out["num_direct_tokens"] = num_direct = sum(t.num_direct for t in turns)
     if failed := [loss.error for loss in losses if loss.error]:
         return {**out, "status": "error", "reason": failed[0]}
-    conditioned = iter(losses[0].nll_nats)
-    direct = iter(loss.nll_nats[0] for loss in losses[1:])
+    nlls = iter([nll for loss in losses for nll in loss.nll_nats])
+    conditioned = iter([next(nlls) for turn in turns if turn.num_conditioned])
+    direct = nlls
     per_turn = [
         {
             "num_response_tokens": turn.num_conditioned,

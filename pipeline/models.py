@@ -74,12 +74,18 @@ def count_parameters(config: Any) -> int:
         raise ModelError(f"model: {config.model_type} is no causal language model: {err}") from err
 
 
-def load(ref: ModelRef, dtype: torch.dtype, device: torch.device) -> Any:
+def load(ref: ModelRef, dtype: torch.dtype, device: torch.device, num_devices: int = 1) -> Any:
     """Load the model for inference.
 
+    Args:
+        ref: Of its files.
+        dtype: Of its weights.
+        device: Where it goes.
+        num_devices: GPUs over which its layers are spread, equally, where one is too small.
+
     Raises:
-        ModelError: It cannot be read, or weights are missing, which transformers would fill
-            with random numbers.
+        ModelError: It cannot be read, it does not fit, or weights are missing, which transformers
+            would fill with random numbers.
     """
     transformers.utils.logging.disable_progress_bar()
     directory = local_directory(ref)
@@ -91,6 +97,7 @@ def load(ref: ModelRef, dtype: torch.dtype, device: torch.device) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map="balanced" if num_devices > 1 else None,
         )
     except (OSError, ValueError, KeyError) as err:
         raise ModelError(f"model.path {ref.path}: cannot be loaded: {err}") from err
@@ -99,7 +106,14 @@ def load(ref: ModelRef, dtype: torch.dtype, device: torch.device) -> Any:
         raise ModelError(
             f"model.path {ref.path}: its weights lack {', '.join(sorted(info['missing_keys'])[:5])}"
         )
-    return model.to(device)
+    if num_devices == 1:
+        return model.to(device)
+    if elsewhere := {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
+        raise ModelError(
+            f"model.path {ref.path}: it does not fit {num_devices} GPUs, part of it went to the "
+            f"{' and '.join(sorted(elsewhere))}. Raise cluster.gpus_per_actor."
+        )
+    return model
 
 
 def copy_tokenizer(ref: ModelRef, into: str) -> None:

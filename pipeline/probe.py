@@ -7,11 +7,14 @@ both be wrong: a Gemma-2 without its soft-cap differed by 4.7 nats.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.forward import hidden_packed, run_alone
+from pipeline.packing import lay_out
 from pipeline.projection import Projection
+from pipeline.sharing import Prefix
 
 # What rounding alone explains, per dtype. First, the mean absolute difference in nats per token
 # between packed and eager attention at the end of a probe: 1e-7, 0.009 and 0.07 on SmolLM2-135M,
@@ -27,7 +30,11 @@ _PROBE_TAIL = 32
 
 @torch.inference_mode()
 def find_fault(
-    model: Any, max_length: int | None = None, dtype: torch.dtype | None = None
+    model: Any,
+    max_length: int | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    sharing: bool = False,
 ) -> str | None:
     """Say what of a model differs in packs beyond rounding; None if nothing does.
 
@@ -35,26 +42,38 @@ def find_fault(
         model: A transformers causal LM, on its device.
         max_length: Longest sequence that will come, in tokens; None is the model's positions.
         dtype: Of matrix products, where weights have another one; None is the weights' own.
+        sharing: Whether sequences of a pack may begin with the same tokens, computed once.
     """
     own = next(model.parameters()).dtype
     if dtype is None or dtype == own:
-        return _find_fault(model, max_length, own)
+        return _find_fault(model, max_length, own, sharing)
     with torch.autocast(model.device.type, dtype):
-        return _find_fault(model, max_length, dtype)
+        return _find_fault(model, max_length, dtype, sharing)
 
 
-def _find_fault(model: Any, max_length: int | None, dtype: torch.dtype) -> str | None:
+def _find_fault(
+    model: Any, max_length: int | None, dtype: torch.dtype, sharing: bool
+) -> str | None:
     config = model.config.get_text_config()
     positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
     limit = min(positions, max_length or positions)
     window = _longest_window(config)
     longest = [2 * window] if window and window < limit else []  # else no window ever slides
     lengths = [min(n, limit) for n in (*_PROBE_LENGTHS, *longest)]
-    generator = torch.Generator().manual_seed(0)
-    probes = [torch.randint(int(config.vocab_size), (n,), generator=generator) for n in lengths]
+    random = np.random.default_rng(0)
+    probes = [random.integers(0, config.vocab_size, n, dtype=np.int32) for n in lengths]
+    prefixes: list[Prefix | None] = [None] * len(probes)
+    if sharing and (common := min(lengths) // 2):  # by all but the first
+        for at in range(1, len(probes)):
+            probes[at][:common] = probes[1][:common]
+            prefixes[at] = Prefix(1, common)
+    laid = lay_out(probes, prefixes)
     try:
-        hidden_TM = hidden_packed(model, lengths, torch.cat(probes))
-        attention_error, logit_error = _compare(model, probes, hidden_TM.split(lengths))
+        hidden_TM = hidden_packed(model, laid.pack, torch.from_numpy(laid.ids_T).long())
+        packed = [hidden_TM[torch.from_numpy(place)] for place in laid.places]
+        attention_error, logit_error = _compare(
+            model, [torch.from_numpy(ids).long() for ids in probes], packed
+        )
     except (RuntimeError, TypeError, ValueError, AttributeError) as err:
         return f"cannot be scored in packs: {err}"
     if not attention_error <= _ATTENTION_TOLERANCE[dtype]:
@@ -65,7 +84,7 @@ def _find_fault(model: Any, max_length: int | None, dtype: torch.dtype) -> str |
 
 
 # T=tokens of a probe, S=tokens compared, M=hidden size, V=vocabulary
-def _compare(model: Any, probes: list[Tensor], packed: tuple[Tensor, ...]) -> tuple[float, float]:
+def _compare(model: Any, probes: list[Tensor], packed: list[Tensor]) -> tuple[float, float]:
     """Mean error of packed attention in nats, and largest relative error of a logit."""
     projection = Projection(model)
     differences, logit_errors = [], []

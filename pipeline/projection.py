@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VOCABULARY_CHUNK = 8192
-"""Vocabulary entries projected at once: bounds logits to scored tokens x 8192 float32."""
+_TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
+"""Scored tokens and vocabulary entries projected at once. 8 MB of float32 stay in a CPU's cache;
+on a GPU it is 256 MiB, and as much again for their exponentials, whatever the vocabulary."""
 
 
 # S=scored tokens, M=hidden size, V=vocabulary, C=chunk of it
@@ -28,14 +29,21 @@ class Projection:
         Streams over the vocabulary: a running log-sum-exp, and each target's logit picked from
         the chunk that holds it.
         """
+        device = self._head.weight.device  # a model may be spread over several
+        hidden_SM, targets_S = hidden_SM.to(device), targets_S.to(device)
+        rows, _ = _tile(hidden_SM)
+        pieces = zip(hidden_SM.split(rows), targets_S.split(rows), strict=True)
+        return torch.cat([self._nll(hidden, targets) for hidden, targets in pieces])
+
+    def _nll(self, hidden_SM: Tensor, targets_S: Tensor) -> Tensor:
         total_S = torch.full_like(targets_S, -torch.inf, dtype=torch.float32)
         picked_S = torch.zeros_like(total_S)
         for begin, logits_SC in self.chunks(hidden_SM):
-            total_S = torch.logaddexp(total_S, torch.logsumexp(logits_SC, dim=-1))
             inside = (targets_S >= begin) & (targets_S < begin + logits_SC.shape[1])
             local = torch.where(inside, targets_S - begin, 0)
             found = logits_SC.gather(1, local.unsqueeze(1)).squeeze(1)
             picked_S = torch.where(inside, found, picked_S)
+            total_S = torch.logaddexp(total_S, torch.logsumexp(logits_SC, dim=-1))
         return total_S - picked_S
 
     def chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -44,15 +52,20 @@ class Projection:
         # CUDA multiplies half precision with float32 accumulation and output; CPUs do not offer it.
         half_on_cuda = hidden_SM.is_cuda and weight_VM.dtype != torch.float32
         hidden_SM = hidden_SM if half_on_cuda else hidden_SM.float()
-        for begin in range(0, weight_VM.shape[0], VOCABULARY_CHUNK):
-            chunk_CM = weight_VM[begin : begin + VOCABULARY_CHUNK]
+        _, chunk = _tile(hidden_SM)
+        for begin in range(0, weight_VM.shape[0], chunk):
+            chunk_CM = weight_VM[begin : begin + chunk]
             if half_on_cuda:
                 logits_SC = torch.mm(hidden_SM, chunk_CM.T, out_dtype=torch.float32)
             else:
                 logits_SC = hidden_SM @ chunk_CM.float().T
             if bias_V is not None:
-                logits_SC = logits_SC + bias_V[begin : begin + VOCABULARY_CHUNK].float()
+                logits_SC = logits_SC + bias_V[begin : begin + chunk].float()
             yield begin, self._transform(logits_SC)
+
+
+def _tile(hidden_SM: Tensor) -> tuple[int, int]:
+    return _TILES["cuda" if hidden_SM.is_cuda else "cpu"]
 
 
 def logit_transform(config: Any) -> Callable[[Tensor], Tensor]:

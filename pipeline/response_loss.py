@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.batches import deal_packs
 from pipeline.forward import hidden_packed, run_padded
+from pipeline.packing import Pack
 from pipeline.parallel import rank, sum_over_workers, world_size
 from pipeline.projection import logit_transform
 from pipeline.training_data import Examples
@@ -48,7 +49,7 @@ class ResponseLoss(nn.Module):
             logits_TV, _ = run_padded(self.model, lengths, ids_T)
             judged = _judge(logits_TV[before_S].float(), target_S)
             return judged[0].sum() if whole else judged
-        hidden_SM = hidden_packed(self.model, lengths, ids_T)[before_S]
+        hidden_SM = hidden_packed(self.model, Pack(tuple(lengths)), ids_T)[before_S]
         pieces = list(
             zip(hidden_SM.split(_TOKENS_PROJECTED), target_S.split(_TOKENS_PROJECTED), strict=True)
         )

@@ -31,8 +31,9 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import models
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
+from pipeline.devices import keep_freed_memory
 from pipeline.embedding import embed_table
-from pipeline.engine import Engine, keep_freed_memory
+from pipeline.engine import Engine
 from pipeline.errors import CherryError, LostUnitError, ScoringError
 from pipeline.metric import score_table
 from pipeline.parts import UnitDone, commit_unit
@@ -221,6 +222,7 @@ class UnitScorer:
             "cherry.threads": str(torch.get_num_threads()),
             "cherry.max_batch_tokens": str(engine.max_batch_tokens),
             "cherry.mode": engine.mode,
+            "cherry.share": ",".join(sorted(engine.share)),
             "cherry.torch": torch.__version__,
         }
         return part.replace_schema_metadata(metadata), num_tokens, started
@@ -235,6 +237,11 @@ class UnitScorer:
         settings = self._scoring.settings
         dtype: torch.dtype = getattr(torch, settings.dtype)
         with deadline(LOAD_TIMEOUT_S):
-            model = models.load(settings.model, dtype, torch.device(self._scoring.device))
-            engine = Engine(model, settings.max_batch_tokens, settings.max_length)
+            model = models.load(
+                settings.model,
+                dtype,
+                torch.device(self._scoring.device),
+                num_devices=max(1, int(self._scoring.workers.num_gpus)),
+            )
+            engine = Engine(model, settings.max_batch_tokens, settings.max_length, settings.share)
         return engine, renderer(settings).prefix_ids

@@ -10,6 +10,7 @@ from pipeline.config import TemplateName
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.reuse import KnownRows
 from pipeline.schemas import EMBEDDING, PART
+from pipeline.sharing import SHARES, Share
 from pipeline.units import fingerprint
 
 SCORING_VERSION = 1
@@ -44,6 +45,8 @@ class ScoringSettings:
     max_batch_tokens: int | Literal["auto"]
     """`auto` is resolved on the actor's device; packs agree within rounding, so it is no part of
     the fingerprint."""
+    share: tuple[Share, ...] = SHARES
+    """Work that is done once for several rows; scores agree within rounding, so neither is this."""
     measure: Literal["ifd", "prompt"] = "ifd"
     """What is asked of the model: both losses of the responses, or the embedding and the loss of
     the prompts, for brief experience."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline import cluster, engine, models, storage
+from pipeline import cluster, devices, models, storage
 from pipeline.config_training import TrainConfig
 from pipeline.job import Job
 from pipeline.rendering import RENDERING_VERSION
@@ -104,7 +104,7 @@ def plan_training(
     dtype: str = config.dtype
     if dtype == "auto":
         device = torch.device("cuda" if cluster.scores_on_gpus(job.config.cluster) else "cpu")
-        dtype = str(engine.auto_dtype(device)).removeprefix("torch.")
+        dtype = str(devices.auto_dtype(device)).removeprefix("torch.")
     facts: dict[str, object] = {
         "base_model": settings.model.fingerprint,
         "tokenizer": models.tokenizer_fingerprint(rendering.tokenizer),

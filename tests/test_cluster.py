@@ -1,6 +1,7 @@
 """Resources of actors."""
 
 import pytest
+import ray
 
 from pipeline import cluster
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
@@ -30,5 +31,18 @@ def test_actors_never_ask_for_what_tasks_ask_for(ray_local: None) -> None:
 
 @pytest.mark.ray
 def test_gpus_that_the_cluster_lacks_are_refused(ray_local: None) -> None:
-    with pytest.raises(ConfigError, match="the cluster has 0 GPUs"):
-        cluster.plan_workers(ClusterConfig(gpus_per_actor=1))
+    for gpus in (1, 4):
+        with pytest.raises(ConfigError, match="the cluster has 0 GPUs"):
+            cluster.plan_workers(ClusterConfig(gpus_per_actor=gpus))
+
+
+def test_the_gpus_of_an_actor_lie_on_one_node(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 4, "GPU": gpus}} for gpus in (3, 1, 4)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8})
+    assert cluster.plan_workers(ClusterConfig(gpus_per_actor=2)).actors == 3
+    assert cluster.plan_workers(ClusterConfig(gpus_per_actor=0.5)).actors == 16
+    with pytest.raises(ConfigError, match="has 8 GPUs, room for 3 actors"):
+        cluster.plan_workers(ClusterConfig(gpus_per_actor=2, actors=4))

@@ -131,6 +131,20 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_name(
     assert f"key '{wrong}' is unknown. Did you mean '{nearest}'?" in said
 
 
+def test_gpus_of_a_large_model_are_whole() -> None:
+    parsed = config.parse({**MINIMAL, "cluster": {"gpus_per_actor": 2}})
+    assert parsed.cluster.gpus_per_actor == 2
+    said = refusal(cluster={"gpus_per_actor": 1.5})
+    assert "cluster.gpus_per_actor" in said
+    assert "got 1.5, expected a share of one GPU or a whole number" in said
+
+
+def test_work_that_cannot_be_shared_is_named_with_what_can() -> None:
+    said = refusal(score={"share": ["prefix"]})
+    assert "score.share" in said
+    assert "'prefixes', 'equal' or 'turns'" in said
+
+
 def test_a_key_like_no_other_is_answered_with_all_of_them() -> None:
     said = refusal(qqqq=1)
     assert all(key in said for key in keys_of(Config))
@@ -301,7 +315,7 @@ def test_the_reference_config_holds_every_key_with_its_default() -> None:
     required = {key for key, default in expected.items() if default is PydanticUndefined}
     assert required == {"input.path", "output", "model.path"}
     assert {k: v for k, v in flat.items() if k not in required} == {
-        k: v for k, v in expected.items() if k not in required
+        k: list(v) if isinstance(v, tuple) else v for k, v in expected.items() if k not in required
     }
 
 

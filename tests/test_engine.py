@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
 from pipeline import projection
-from pipeline.attention import PACKED, UnsupportedAttentionError, _plan_groups, packed_attention
-from pipeline.engine import Engine, SequenceLoss, TokenSequence, auto_dtype
+from pipeline.attention import PACKED, UnsupportedAttentionError, packed_attention
+from pipeline.devices import auto_dtype
+from pipeline.engine import Engine, TokenSequence
+from pipeline.grouped_attention import _plan_groups
+from pipeline.packing import Laid, Pack
 
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -91,7 +95,7 @@ def test_fused_attention_of_long_sequences_equals_eager() -> None:
 def test_neighbours_of_unlike_lengths_are_grouped_and_ungrouped_right() -> None:
     model = tiny_model("Llama", num_attention_heads=4, num_key_value_heads=1)
     lengths = [30, 30, 29, 25, 24, 23, 22, 12, 11, 9, 9, 5, 4, 4, 2, 2]
-    groups = _plan_groups(tuple(np.cumsum([0, *lengths]).tolist()), 4)
+    groups = _plan_groups(Pack(tuple(lengths)), 4)
     assert [n for group in groups for n in group.lengths] == lengths
     assert max(len(group.lengths) for group in groups) > 1
     sequences = sequences_of(lengths)
@@ -148,11 +152,10 @@ def test_probe_notices_logits_that_are_not_a_plain_projection(
 
 def test_attention_refuses_what_it_does_not_know() -> None:
     tensor = torch.zeros(1, 2, 3, 8)
-    bounds = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(UnsupportedAttentionError, match="position_bias"):
         packed_attention(
             torch.nn.Linear(1, 1), tensor, tensor, tensor, None,
-            cu_seq_lens_q=bounds, position_bias=tensor,
+            cherry_pack=Pack((3,)), position_bias=tensor,
         )  # fmt: skip
 
 
@@ -169,11 +172,11 @@ def test_bfloat16_logits_are_float32_from_the_hidden_states_on() -> None:
     )
 
 
-def test_vocabulary_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_the_vocabulary_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Gemma2", final_logit_softcapping=3.0)
     sequences = sequences_of([30, 7])
     whole = Engine(model).score(sequences)
-    monkeypatch.setattr(projection, "VOCABULARY_CHUNK", 17)
+    monkeypatch.setitem(projection._TILES, "cpu", (5, 17))
     for one, other in zip(whole, Engine(model).score(sequences), strict=True):
         assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
 
@@ -193,14 +196,14 @@ def test_one_bad_sequence_is_an_error_and_the_others_are_scored(
     good = sequences_of([20, 30, 10])
     bad = TokenSequence(np.array([1, 2, 3, 4], dtype=np.int32), ((1, 4),))
     engine = Engine(model)
-    whole = engine._losses
+    whole = engine._start
 
-    def spoiled(chosen: list[TokenSequence], hidden: bool) -> list[SequenceLoss]:
+    def spoiled(laid: Laid, chosen: list[TokenSequence], hidden: bool) -> object:
         if any(sequence is bad for sequence in chosen):
             raise IndexError("index out of range")
-        return whole(chosen, hidden)
+        return whole(laid, chosen, hidden)
 
-    monkeypatch.setattr(engine, "_losses", spoiled)
+    monkeypatch.setattr(engine, "_start", spoiled)
     losses = engine.score([good[0], bad, *good[1:]])
     assert losses[1].error == "IndexError"
     assert losses[1].nll_nats == ()
@@ -213,15 +216,15 @@ def test_out_of_memory_halves_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = sequences_of([20, 20, 20, 20, 20])
     expected = engine.score(sequences)
     sizes = []
-    whole = Engine._losses
+    whole = engine._start
 
-    def scarce(self: Engine, chosen: list[TokenSequence], hidden: bool) -> list[SequenceLoss]:
+    def scarce(laid: Laid, chosen: list[TokenSequence], hidden: bool) -> object:
         sizes.append(len(chosen))
         if len(chosen) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, chosen, hidden)
+        return whole(laid, chosen, hidden)
 
-    monkeypatch.setattr(Engine, "_losses", scarce)
+    monkeypatch.setattr(engine, "_start", scarce)
     losses = engine.score(sequences)
     assert sizes == [5, 2, 3, 1, 2]
     for one, other in zip(losses, expected, strict=True):
@@ -232,6 +235,20 @@ def test_out_of_memory_halves_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_spans_that_have_no_loss_are_refused(span: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="spans"):
         Engine(tiny_model("Llama")).score([TokenSequence(np.arange(5, dtype=np.int32), (span,))])
+
+
+def test_a_model_spread_by_accelerate_gives_the_same() -> None:
+    """What `gpus_per_actor: 2` does to a model, on the one device that is here."""
+    model = tiny_model("Llama")
+    sequences = sequences_of([20, 31, 7])
+    expected = Engine(model).score(sequences)
+    spread = tiny_model("Llama")
+    hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+    for module in (spread.model.embed_tokens, *spread.model.layers, spread.lm_head):
+        add_hook_to_module(module, hook)
+    engine = Engine(spread)
+    assert engine.mode == "packed"
+    assert engine.score(sequences) == expected
 
 
 def test_no_sequences_and_sequences_without_spans() -> None:
@@ -277,7 +294,7 @@ def test_a_broken_device_is_no_fault_of_a_sequence(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered", 710)
 
-    monkeypatch.setattr(engine, "_losses", broken)
+    monkeypatch.setattr(engine, "_start", broken)
     with pytest.raises(torch.AcceleratorError):
         engine.score(sequences_of([9, 9]))
 
@@ -288,7 +305,7 @@ def test_mean_hidden_states_equal_plain_transformers(
 ) -> None:
     model = tiny_model("Llama")
     if mode == "padded":
-        monkeypatch.setattr("pipeline.engine.find_fault", lambda *_: "of a test")
+        monkeypatch.setattr("pipeline.engine.find_fault", lambda *_, **__: "of a test")
     sequences = sequences_of([9, 30, 2, 17])
     losses = Engine(model, 32).score(sequences, hidden=True)
     model.set_attn_implementation("eager")

@@ -121,6 +121,19 @@ def test_turns_sum_to_the_row() -> None:
         assert row[total] == pytest.approx(sum(turn[name] for turn in row["turns"]))
 
 
+def test_turns_scored_one_by_one_give_the_same() -> None:
+    renderer = Renderer(make_tokenizer(chat_template=CHATML), "chat", 200, True)
+    table = tokens_table(renderer, [CONVERSATION, alpaca("Draw.", "a poem")])
+    model = tiny_model("Llama")
+    together, num_tokens = score_table(table, Engine(model), renderer.prefix_ids)
+    apart, num_apart = score_table(table, Engine(model, share=()), renderer.prefix_ids)
+    assert num_apart == num_tokens  # what the corpus holds, whatever is shared
+    for one, other in zip(together.to_pylist(), apart.to_pylist(), strict=True):
+        for turn, same in zip(one.pop("turns"), other.pop("turns"), strict=True):
+            assert turn == pytest.approx(same, rel=1e-5)
+        assert one["ifd_loss_ratio"] == pytest.approx(other["ifd_loss_ratio"], rel=1e-5)
+
+
 def test_unscored_rows_have_null_scores_and_a_status() -> None:
     renderer = Renderer(make_tokenizer(), "alpaca", 64, True)
     samples = [alpaca("word " * 99, "one two"), Sample(malformed="role"), alpaca("A", "one two")]

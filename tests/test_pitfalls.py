@@ -16,6 +16,7 @@ from test_metric import alpaca, oracle_means, tokens_table
 
 from pipeline import model_files, report, run
 from pipeline.config import PRESETS, ModelConfig
+from pipeline.devices import from_device
 from pipeline.engine import Engine
 from pipeline.errors import InputError, ModelError
 from pipeline.metric import score_table
@@ -52,7 +53,7 @@ def test_02_out_of_memory_is_an_error_never_ifd_zero(monkeypatch: pytest.MonkeyP
     def exhausted(self: Engine, *_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Engine, "_losses", exhausted)
+    monkeypatch.setattr(Engine, "_start", exhausted)
     table = tokens_table(renderer, [alpaca("A", "one two")])
     (row,) = score_table(table, engine, renderer.prefix_ids)[0].to_pylist()
     assert (row["status"], row["reason"]) == ("error", "OutOfMemoryError")
@@ -72,14 +73,14 @@ def test_03_overlong_response_keeps_its_prompt() -> None:
 def test_04_a_pack_out_of_memory_is_split_not_written_off(monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = Renderer(make_tokenizer(), "alpaca", 200, True)
     engine = Engine(tiny_model("Llama"))
-    whole = Engine._losses
+    whole = engine._start
 
-    def scarce(self: Engine, sequences: Any, hidden: bool) -> Any:
+    def scarce(laid: Any, sequences: Any, hidden: bool) -> Any:
         if len(sequences) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, sequences, hidden)
+        return whole(laid, sequences, hidden)
 
-    monkeypatch.setattr(Engine, "_losses", scarce)
+    monkeypatch.setattr(engine, "_start", scarce)
     table = tokens_table(renderer, [alpaca("A", "one two"), alpaca("B", "three four")])
     part, _ = score_table(table, engine, renderer.prefix_ids)
     assert part["status"].to_pylist() == ["ok", "ok"]
@@ -235,17 +236,15 @@ def test_17_the_marker_s_length_is_never_assumed() -> None:
 
 def test_18_losses_of_a_pack_come_back_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     transfers = []
-    real = torch.Tensor.to
 
-    def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and args[0] == "cpu":
-            transfers.append(self.numel())
-        return real(self, *args, **kwargs)
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        transfers.append(tensor.numel())
+        return from_device(tensor)
 
     renderer = Renderer(make_tokenizer(), "alpaca", 200, True)
     engine = Engine(tiny_model("Llama"))
-    table = tokens_table(renderer, [alpaca("A", "one two three " * 5) for _ in range(8)])
-    monkeypatch.setattr(torch.Tensor, "to", counted)
+    table = tokens_table(renderer, [alpaca("A", f"{n} one two " * 5) for n in range(8)])
+    monkeypatch.setattr("pipeline.engine.from_device", counted)
     score_table(table, engine, renderer.prefix_ids)
     assert len(transfers) == 1  # 16 sequences, some 240 scored tokens, one pack
 

@@ -119,9 +119,9 @@ def test_scores_and_selection_do_not_depend_on_the_order_of_shards(
     assert objects(str(runs[0].cherry_path)) == objects(str(runs[1].cherry_path))
 
 
-@pytest.mark.parametrize("changes", [{"unit_rows": 3}, {"max_batch_tokens": 64}])
-def test_unit_and_pack_size_change_no_score_beyond_rounding(
-    ray_local: None, config_for: ConfigFor, corpus: Path, tmp_path: Path, changes: dict[str, int]
+@pytest.mark.parametrize("changes", [{"unit_rows": 3}, {"max_batch_tokens": 64}, {"share": []}])
+def test_unit_pack_size_and_shared_work_change_no_score_beyond_rounding(
+    ray_local: None, config_for: ConfigFor, corpus: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     plain = run.score(config_for(corpus, output=str(tmp_path / "plain"))).summary
     other = run.score(config_for(corpus, output=str(tmp_path / "other"), score=changes)).summary

