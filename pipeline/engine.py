@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.devices import auto_batch_tokens, from_device, mark, to_device
-from pipeline.forward import hidden_packed, run_padded
+from pipeline.forward import hidden_packed, longest_together, run_padded
 from pipeline.packing import Laid, lay_out, plan_packs
 from pipeline.probe import find_fault
 from pipeline.projection import Projection
@@ -96,6 +96,7 @@ class Engine:
             auto_batch_tokens(self.device, config) if max_batch_tokens == "auto"
             else max_batch_tokens
         )  # fmt: skip
+        self._longest_together = longest_together(config)
         self._vocab_size = int(config.vocab_size)
         self._num_embeddings = int(model.get_input_embeddings().num_embeddings)
         self._projection = Projection(model)
@@ -166,7 +167,13 @@ class Engine:
         prefixes: list[Prefix | None] = [None] * len(ids)
         if "prefixes" in self.share:
             prefixes = find_prefixes(ids)
-        packs = plan_packs([len(each) for each in ids], budget, prefixes)[::-1]
+        lengths = [len(each) for each in ids]
+        alone = {i for i, length in enumerate(lengths) if length > self._longest_together}
+        packs = [
+            [i for i in pack if i not in alone] for pack in plan_packs(lengths, budget, prefixes)
+        ]
+        packs = [pack for pack in [*packs, *([i] for i in sorted(alone))] if pack]
+        packs.reverse()
         while packs:
             pack = packs.pop()
             chosen = [sequences[i] for i in pack]

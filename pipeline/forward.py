@@ -58,6 +58,21 @@ def run_alone(model: Any, ids_T: Tensor) -> tuple[Tensor, Tensor]:
     return model(**inputs).logits[0], hidden_TM
 
 
+def longest_together(config: Any) -> int:
+    """Tokens up to which sequences may share a pass: LongRoPE turns all of a pass by its longest.
+
+    Source: arXiv:2402.13753; transformers.modeling_rope_utils.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # by kind of layer
+    limits = [
+        int(kind["original_max_position_embeddings"])
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=2**31)
+
+
 def _use_attention(model: Any, implementation: str) -> None:
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)

@@ -1,10 +1,13 @@
 """The engine against transformers' own eager attention, one row at a time."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import tiny_model
+from conftest import REPOSITORY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
@@ -15,6 +18,7 @@ from pipeline.devices import auto_dtype
 from pipeline.engine import Engine, TokenSequence
 from pipeline.grouped_attention import _plan_groups
 from pipeline.packing import Laid, Pack
+from pipeline.sharing import Share
 
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -90,6 +94,23 @@ def test_fused_attention_of_long_sequences_equals_eager() -> None:
         sequences = sequences_of([900, 513, 20])
         for sequence, loss in zip(sequences, Engine(model).score(sequences), strict=True):
             assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [(), ("prefixes",)], ids=str)
+def test_longrope_turns_short_sequences_as_if_they_were_alone(share: tuple[Share, ...]) -> None:
+    """Transformers takes the frequencies of all from the longest of a pass."""
+    half = 4  # of a head's dimensions
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * half, "long_factor": [9.0] * half,
+    }  # fmt: skip
+    changes = {"rope_parameters": rope, "max_position_embeddings": 128, "num_attention_heads": 4}
+    model = tiny_model("Phi3", **changes)
+    sequences = sequences_of([100, 20, 40, 32, 33, 9])
+    engine = Engine(model, share=share)
+    assert engine.mode == "packed"
+    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
 def test_neighbours_of_unlike_lengths_are_grouped_and_ungrouped_right() -> None:
@@ -257,6 +278,16 @@ def test_no_sequences_and_sequences_without_spans() -> None:
     (loss,) = engine.score([TokenSequence(np.arange(4, dtype=np.int32), ())])
     assert loss.nll_nats == ()
     assert loss.error is None
+
+
+def test_the_engine_and_its_benchmark_know_no_ray() -> None:
+    """They run where only torch, transformers and numpy are."""
+    code = "import sys, engine; print({'ray', 'pydantic', 'pyarrow'} & set(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY / "tests/benchmarks", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout == "set()\n"
 
 
 def test_auto_dtype_is_bfloat16_only_where_hardware_has_it() -> None:
