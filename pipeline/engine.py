@@ -65,7 +65,8 @@ class _Running(NamedTuple):
     """Losses of all scored tokens, in the order of spans, on their way to the CPU."""
     mean_BM: Tensor | None = None
     """Mean last hidden state of each sequence, likewise."""
-    arrived: torch.cuda.Event | None = None
+    arrived: Sequence[torch.cuda.Event | None] = ()
+    """When both are there."""
     error: str | None = None
     """Or the exception that kept it from running."""
 
@@ -160,20 +161,11 @@ class Engine:
         self, sequences: list[TokenSequence], hidden: bool
     ) -> Iterator[tuple[list[int], _Running]]:
         """Start one pass after the other; yields the indices of its sequences with each."""
-        budget = self.max_batch_tokens
-        if self.mode == "padded":  # whole float32 logits of at most 1 GiB
-            budget = max(1, min(budget, 2**30 // (4 * self._vocab_size)))
         ids = [sequence.input_ids for sequence in sequences]
         prefixes: list[Prefix | None] = [None] * len(ids)
         if "prefixes" in self.share:
             prefixes = find_prefixes(ids)
-        lengths = [len(each) for each in ids]
-        alone = {i for i, length in enumerate(lengths) if length > self._longest_together}
-        packs = [
-            [i for i in pack if i not in alone] for pack in plan_packs(lengths, budget, prefixes)
-        ]
-        packs = [pack for pack in [*packs, *([i] for i in sorted(alone))] if pack]
-        packs.reverse()
+        packs = self._plan([len(each) for each in ids], prefixes)[::-1]
         while packs:
             pack = packs.pop()
             chosen = [sequences[i] for i in pack]
@@ -194,6 +186,17 @@ class Engine:
             else:
                 middle = len(pack) // 2
                 packs += [pack[middle:], pack[:middle]]
+
+    def _plan(self, lengths: list[int], prefixes: list[Prefix | None]) -> list[list[int]]:
+        budget = self.max_batch_tokens
+        if self.mode == "padded":  # whole float32 logits of at most 1 GiB
+            budget = max(1, min(budget, 2**30 // (4 * self._vocab_size)))
+        packs = plan_packs(lengths, budget, prefixes)
+        alone = {i for i, length in enumerate(lengths) if length > self._longest_together}
+        if alone:
+            packs = [[i for i in pack if i not in alone] for pack in packs]
+            packs = [pack for pack in packs if pack] + [[i] for i in sorted(alone)]
+        return packs
 
     # T=tokens of the pack, S=scored tokens, B=sequences, M=hidden size, V=vocabulary
     def _start(self, laid: Laid, sequences: list[TokenSequence], hidden: bool) -> _Running:
@@ -220,19 +223,23 @@ class Engine:
             hidden_SM = states_TM[to_device(before_S, states_TM.device)]
             targets = to_device(target_S, states_TM.device).long()
             nll_S = self._projection.nll(hidden_SM, targets)
+        arrived = [nll_S.device]
         mean_BM = None
         if hidden and states_TM is not None:
             places = [to_device(place, states_TM.device) for place in laid.places]
             mean_BM = from_device(torch.stack([states_TM[at].float().mean(0) for at in places]))
-        return _Running(sequences, from_device(nll_S), mean_BM, mark(nll_S.device))
+            arrived.append(states_TM.device)  # of a model spread over several
+        nll_S = from_device(nll_S)
+        return _Running(sequences, nll_S, mean_BM, [mark(device) for device in arrived])
 
 
 def _finish(running: _Running) -> list[SequenceLoss]:
     """Wait for a pass, and add up the losses of each span."""
     if running.error:
         return [SequenceLoss(error=running.error) for _ in running.sequences]
-    if running.arrived:
-        running.arrived.synchronize()
+    for event in running.arrived:
+        if event:
+            event.synchronize()
     counts = [end - start for sequence in running.sequences for start, end in sequence.spans]
     # float64 sums, in token order: a span's sum does not depend on its neighbours.
     sums = iter([float(nll.sum()) for nll in running.nll_S.double().split(counts)])
@@ -250,7 +257,7 @@ T = TypeVar("T")
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
     """The items, each handed over when the next one is made."""
-    waiting = [item for item in itertools.islice(items, 1)]
+    waiting = list(itertools.islice(items, 1))
     for item in items:
         yield waiting.pop()
         waiting.append(item)
