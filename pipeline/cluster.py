@@ -95,8 +95,11 @@ def _gpus(config: ClusterConfig) -> float:
 def _places(config: ClusterConfig, num_gpus: float) -> int:
     """Actors that fit: the GPUs of one lie on one node."""
     nodes = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
-    there = sum(int(gpus / num_gpus) for gpus in nodes)
-    return max(there, int(_gpus(config) / num_gpus)) if config.autoscaling else there
+    if num_gpus < 1:  # an actor's share is of one GPU
+        there = sum(int(gpus) * int(1 / num_gpus) for gpus in nodes)
+    else:
+        there = sum(int(gpus / num_gpus) for gpus in nodes)
+    return max(there, int(config.actors)) if config.autoscaling else there
 
 
 def plan_workers(config: ClusterConfig) -> Workers:

@@ -113,7 +113,7 @@ class ClusterConfig(Section):
     actors: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Models held at once; `auto` is one per GPU, more as GPUs join and fewer as they leave, or one
     per node without GPUs."""
-    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     """`auto` is 1 where the cluster has GPUs and 0 where it has none. A model that one GPU is too
     small for is spread over 2 or more of a node, layer by layer."""
     threads_per_actor: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"

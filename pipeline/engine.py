@@ -62,7 +62,9 @@ class _Running(NamedTuple):
 
     sequences: list[TokenSequence]
     nll_S: Tensor = torch.zeros(0)
-    """Losses of all scored tokens, in the order of spans, on their way to the CPU."""
+    """Losses of the tokens that are scored, each once, on their way to the CPU."""
+    of_each: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+    """Which of them each token of each span has, in the order of spans."""
     mean_BM: Tensor | None = None
     """Mean last hidden state of each sequence, likewise."""
     arrived: Sequence[torch.cuda.Event | None] = ()
@@ -125,7 +127,7 @@ class Engine:
         A pack that raises is halved and tried again; a sequence that raises alone comes back with
         the exception's class as its error, and so does one with a token that the model lacks, which
         on a GPU would break the device for all that follow. Results do not depend on the order of
-        `sequences`.
+        `sequences`, beyond rounding.
 
         Args:
             sequences: Any number, any lengths.
@@ -195,22 +197,28 @@ class Engine:
         alone = {i for i, length in enumerate(lengths) if length > self._longest_together}
         if alone:
             packs = [[i for i in pack if i not in alone] for pack in packs]
-            packs = [pack for pack in packs if pack] + [[i] for i in sorted(alone)]
+            packs = [[i] for i in sorted(alone)] + [pack for pack in packs if pack]
         return packs
 
     # T=tokens of the pack, S=scored tokens, B=sequences, M=hidden size, V=vocabulary
     def _start(self, laid: Laid, sequences: list[TokenSequence], hidden: bool) -> _Running:
         """Send a pack through the model, without waiting for what comes out."""
         spans = [
-            (sequence.input_ids, place, start, end)
+            (place, start, end)
             for sequence, place in zip(sequences, laid.places, strict=True)
             for start, end in sequence.spans
         ]
         if not spans:
             return _Running(sequences)
         # The causal shift happens here only: the state at t - 1 predicts token t.
-        before_S = np.concatenate([place[start - 1 : end - 1] for _, place, start, end in spans])
-        target_S = np.concatenate([ids[start:end] for ids, _, start, end in spans])
+        before = np.concatenate([place[start - 1 : end - 1] for place, start, end in spans])
+        # A token of a prefix, scored for several sequences, meets the vocabulary once.
+        target, first, of_each = np.unique(
+            np.concatenate([place[start:end] for place, start, end in spans]),
+            return_index=True,
+            return_inverse=True,
+        )
+        before_S, target_S = before[first], laid.ids_T[target]
         ids_T = to_device(laid.ids_T, self.device).long()
         if self.mode == "padded":
             lengths = list(laid.pack.lengths)
@@ -226,11 +234,13 @@ class Engine:
         arrived = [nll_S.device]
         mean_BM = None
         if hidden and states_TM is not None:
-            places = [to_device(place, states_TM.device) for place in laid.places]
+            places = to_device(np.concatenate(laid.places), states_TM.device).split(
+                [len(place) for place in laid.places]
+            )
             mean_BM = from_device(torch.stack([states_TM[at].float().mean(0) for at in places]))
             arrived.append(states_TM.device)  # of a model spread over several
         nll_S = from_device(nll_S)
-        return _Running(sequences, nll_S, mean_BM, [mark(device) for device in arrived])
+        return _Running(sequences, nll_S, of_each, mean_BM, [mark(each) for each in arrived])
 
 
 def _finish(running: _Running) -> list[SequenceLoss]:
@@ -241,12 +251,14 @@ def _finish(running: _Running) -> list[SequenceLoss]:
         if event:
             event.synchronize()
     counts = [end - start for sequence in running.sequences for start, end in sequence.spans]
-    # float64 sums, in token order: a span's sum does not depend on its neighbours.
-    sums = iter([float(nll.sum()) for nll in running.nll_S.double().split(counts)])
+    # float64 sums: a span's sum does not depend on its neighbours.
+    nll_S = running.nll_S.double()[torch.from_numpy(running.of_each)]
+    sums = iter([float(nll.sum()) for nll in nll_S.split(counts)])
     means = running.mean_BM.numpy() if running.mean_BM is not None else None
     return [
         SequenceLoss(
-            tuple(next(sums) for _ in sequence.spans), None if means is None else means[at]
+            tuple(next(sums) for _ in sequence.spans),
+            None if means is None else means[at].copy(),  # or each would keep them all
         )
         for at, sequence in enumerate(running.sequences)
     ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.attention import PACKED
+from pipeline.devices import to_device
 from pipeline.packing import Pack
 
 
@@ -15,7 +16,7 @@ def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
     _use_attention(model, PACKED)
     output = model.base_model(
         input_ids=ids_T.unsqueeze(0).to(model.device),
-        position_ids=pack.positions().unsqueeze(0).to(model.device),
+        position_ids=to_device(pack.positions(), model.device).unsqueeze(0),
         use_cache=False,
         cherry_pack=pack,
     )

@@ -11,7 +11,7 @@ continue a parent (see packing.py) see its keys before their own::
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ class _Group:
     lengths: tuple[int, ...]
     parent: slice
     """Tokens of the pack whose keys come first; none if empty."""
+    _bands: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def longest(self) -> int:
@@ -60,6 +61,15 @@ class _Group:
     def past(self) -> int:
         """Tokens before each stretch."""
         return int(self.parent.stop - self.parent.start)
+
+    def additive_band(self, window: int, device: torch.device) -> Tensor:
+        """0 where query i sees key j, -inf elsewhere, float32 (L, P + L); made once a pack."""
+        if (window, device) not in self._bands:
+            with torch.inference_mode(False):  # it is kept, and training may use it next
+                hidden = ~_band(self.longest, self.past, window, device)
+                band = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
+            self._bands[window, device] = band
+        return self._bands[window, device]
 
     @functools.cached_property
     def padded_T(self) -> Tensor | None:
@@ -80,17 +90,15 @@ def grouped_attention(
     num_heads = len(query_HTD)
     outputs = []
     for group in _plan_groups(pack, num_heads):
-        q, k, v = (x[:, group.begin : group.end] for x in (query_HTD, key_KTD, value_KTD))
-        past = key_KTD[:, group.parent], value_KTD[:, group.parent]
         if asked.fused and group.longest > _SHORT:
             assert len(group.lengths) == 1  # more would not fit _GROUP_SCORES
-            outputs.append(_fused(q, k, v, past, asked))
+            outputs.append(_fused(query_HTD, key_KTD, value_KTD, group, asked))
         else:
-            outputs.append(_explicit(q, k, v, past, group, asked))
+            outputs.append(_explicit(query_HTD, key_KTD, value_KTD, group, asked))
     return torch.cat(outputs)
 
 
-@functools.lru_cache(maxsize=4)  # every layer of a pass asks for the same pack
+@functools.lru_cache(maxsize=2)  # every layer of a pass asks for the same pack
 def _plan_groups(pack: Pack, num_heads: int) -> tuple[_Group, ...]:
     """Cut a pack into groups of like lengths whose scores stay in the cache.
 
@@ -109,7 +117,7 @@ def _groups(pack: Pack, num_heads: int) -> Iterator[_Group]:
         if parent >= 0:
             past = slice(stretches[parent][0], stretches[parent][0] + stretches[parent][1])
         keys = past.stop - past.start + longest
-        most = max(1, _GROUP_SCORES // (num_heads * longest * keys))
+        most = max(1, _GROUP_SCORES // max(1, num_heads * longest * keys))
         last = first + 1
         while (
             last < len(stretches)
@@ -124,36 +132,35 @@ def _groups(pack: Pack, num_heads: int) -> Iterator[_Group]:
 
 
 def _fused(
-    query_HTD: Tensor,
-    key_KTD: Tensor,
-    value_KTD: Tensor,
-    past: tuple[Tensor, Tensor],
-    asked: Asked,
+    query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, group: _Group, asked: Asked
 ) -> Tensor:
-    """Attention of one stretch by PyTorch's own kernel; shape (T, H, D)."""
-    length, num_past = query_HTD.shape[1], past[0].shape[1]
-    window = min(asked.sliding_window or length + num_past, length + num_past)
-    mask = None
-    if num_past or window < length:
-        mask = _band(length, num_past, window, query_HTD.device)
-    if num_past:
-        key_KTD = torch.cat([past[0], key_KTD], dim=1)
-        value_KTD = torch.cat([past[1], value_KTD], dim=1)
+    """Attention of one stretch by PyTorch's own kernel; shape (T, H, D).
+
+    The parent's queries go along and are dropped: with as many queries as keys the kernel skips
+    what is masked, which with fewer costs more than it saves.
+    """
+    if group.past:
+        query_HTD, key_KTD, value_KTD = (
+            torch.cat([x[:, group.parent], x[:, group.begin : group.end]], dim=1)
+            for x in (query_HTD, key_KTD, value_KTD)
+        )
+    else:
+        query_HTD, key_KTD, value_KTD = (
+            x[:, group.begin : group.end] for x in (query_HTD, key_KTD, value_KTD)
+        )
+    length = query_HTD.shape[1]
+    window = min(asked.sliding_window or length, length)
+    mask = None if window == length else _band(length, 0, window, query_HTD.device)
     output_1HTD = F.scaled_dot_product_attention(
         query_HTD[None], key_KTD[None], value_KTD[None],
         attn_mask=mask, is_causal=mask is None, scale=asked.scale, enable_gqa=True,
     )  # fmt: skip
-    return output_1HTD[0].transpose(0, 1)
+    return output_1HTD[0].transpose(0, 1)[group.past :]
 
 
 # B=stretches of a group, L=longest of them, P=tokens of their parent, G=queries a key serves
 def _explicit(
-    query_HTD: Tensor,
-    key_KTD: Tensor,
-    value_KTD: Tensor,
-    past: tuple[Tensor, Tensor],
-    group: _Group,
-    asked: Asked,
+    query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, group: _Group, asked: Asked
 ) -> Tensor:
     """Attention of a group written out, with float32 scores and weights; shape (T, H, D).
 
@@ -164,14 +171,13 @@ def _explicit(
     num_keys = len(key_KTD)
     batch, longest, keys = len(group.lengths), group.longest, group.past + group.longest
     # Heads that share keys are rows of one product: keys are never repeated.
-    query_BLHD = _padded(query_HTD.float(), group)
+    query_BLHD = _padded(query_HTD, group).float()
     query_BKGLD = query_BLHD.unflatten(2, (num_keys, -1)).permute(0, 2, 3, 1, 4)
-    key = _after(past[0], _padded(key_KTD, group)).float()
-    value = _after(past[1], _padded(value_KTD, group))
+    key = _after(key_KTD[:, group.parent], _padded(key_KTD, group)).float()
+    value = _after(value_KTD[:, group.parent], _padded(value_KTD, group))
     scores = torch.bmm(query_BKGLD.reshape(batch * num_keys, -1, head_dim), key.transpose(1, 2))
     scores = scores.view(batch, num_heads, longest, keys)
-    window = min(asked.sliding_window or keys, keys)
-    band = _additive_band(longest, group.past, window, query_HTD.device)
+    band = group.additive_band(min(asked.sliding_window or keys, keys), query_HTD.device)
     if asked.softcap is None:
         scores = torch.add(band, scores, alpha=asked.scale)
     else:
@@ -187,8 +193,8 @@ def _explicit(
 
 
 def _padded(x_HTD: Tensor, group: _Group) -> Tensor:
-    """(heads, T, D) -> (B, L, heads, D), zeros behind what is shorter."""
-    x_THD = x_HTD.transpose(0, 1)
+    """(heads, tokens of the pack, D) -> (B, L, heads, D), zeros behind what is shorter."""
+    x_THD = x_HTD[:, group.begin : group.end].transpose(0, 1)
     if group.padded_T is not None:
         padded = x_THD.new_zeros(len(group.lengths) * group.longest, *x_THD.shape[1:])
         padded[group.padded_T] = x_THD
@@ -202,24 +208,6 @@ def _after(past_KPD: Tensor, x_BLKD: Tensor) -> Tensor:
     if past_KPD.shape[1]:
         x_BKLD = torch.cat([past_KPD.expand(len(x_BKLD), *past_KPD.shape), x_BKLD], dim=2)
     return x_BKLD.flatten(0, 1)
-
-
-def _additive_band(length: int, past: int, window: int, device: torch.device) -> Tensor:
-    """0 where query i sees key j, -inf elsewhere, float32 (length, past + length).
-
-    A corner of one cached mask: a query at position i sees the same keys whatever comes after.
-    """
-    keys = past + length
-    size = max(_SHORT, 1 << (keys - 1).bit_length())
-    band = _cached_band(size, window if window < keys else size, device)
-    return band[past:keys, :keys]
-
-
-@functools.lru_cache(maxsize=8)
-def _cached_band(size: int, window: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it is kept, and training may use it next
-        hidden = ~_band(size, 0, window, device)
-        return torch.zeros(size, size, device=device).masked_fill(hidden, -torch.inf)
 
 
 def _band(length: int, past: int, window: int, device: torch.device) -> Tensor:

@@ -108,7 +108,11 @@ def load(ref: ModelRef, dtype: torch.dtype, device: torch.device, num_devices: i
         )
     if num_devices == 1:
         return model.to(device)
-    if elsewhere := {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
+    places = {
+        *getattr(model, "hf_device_map", {}).values(),
+        *(p.device for p in model.parameters()),
+    }
+    if elsewhere := {"cpu", "disk", "meta"} & set(map(str, places)):
         raise ModelError(
             f"model.path {ref.path}: it does not fit {num_devices} GPUs, part of it went to the "
             f"{' and '.join(sorted(elsewhere))}. Raise cluster.gpus_per_actor."

@@ -55,10 +55,10 @@ class Pack:
         """Start, length and parent of each."""
         return list(zip(self.starts, self.lengths, self._parents, strict=False))
 
-    def positions(self) -> Tensor:
-        """Of each token in its sequence, int64 (T,)."""
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Of each token in its sequence, (T,)."""
         before = zip(self.lengths, self.prefix_lengths, strict=True)
-        return torch.cat([torch.arange(past, past + n) for n, past in before])
+        return np.concatenate([np.arange(past, past + n) for n, past in before])
 
     def on(self, device: torch.device) -> "PackTensors":
         """What attention kernels of a device need; made once."""

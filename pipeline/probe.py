@@ -90,7 +90,6 @@ def _compare(model: Any, probes: list[Tensor], packed: list[Tensor]) -> tuple[fl
     differences, logit_errors = [], []
     for ids_T, packed_TM in zip(probes, packed, strict=True):
         logits_TV, own_TM = run_alone(model, ids_T)
-        own_TV = logits_TV.float()
         targets_S = ids_T[1:][-_PROBE_TAIL:].to(model.device)
         tail = slice(-1 - len(targets_S), -1)  # the states that predict the targets
         error_S = projection.nll(packed_TM[tail], targets_S) - projection.nll(
@@ -98,6 +97,7 @@ def _compare(model: Any, probes: list[Tensor], packed: list[Tensor]) -> tuple[fl
         )
         differences.append(error_S.abs().mean())
         ours_TV = torch.cat([logits for _, logits in projection.chunks(own_TM)], dim=1)
+        own_TV = logits_TV.float().to(ours_TV.device)
         logit_errors.append(((ours_TV - own_TV).abs() / (1 + own_TV.abs())).max())
     return float(torch.stack(differences).max()), float(torch.stack(logit_errors).max())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
 """Scored tokens and vocabulary entries projected at once. 8 MB of float32 stay in a CPU's cache;
-on a GPU it is 256 MiB, and as much again for their exponentials, whatever the vocabulary."""
+on a GPU it is 256 MiB, and some of these at once, whatever the vocabulary."""
 
 
 # S=scored tokens, M=hidden size, V=vocabulary, C=chunk of it
@@ -29,8 +29,7 @@ class Projection:
         Streams over the vocabulary: a running log-sum-exp, and each target's logit picked from
         the chunk that holds it.
         """
-        device = self._head.weight.device  # a model may be spread over several
-        hidden_SM, targets_S = hidden_SM.to(device), targets_S.to(device)
+        targets_S = targets_S.to(self._head.weight.device)
         rows, _ = _tile(hidden_SM)
         pieces = zip(hidden_SM.split(rows), targets_S.split(rows), strict=True)
         return torch.cat([self._nll(hidden, targets) for hidden, targets in pieces])
@@ -49,6 +48,7 @@ class Projection:
     def chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first vocabulary entry, float32 logits) of each chunk of the vocabulary."""
         weight_VM, bias_V = self._head.weight, getattr(self._head, "bias", None)
+        hidden_SM = hidden_SM.to(weight_VM.device)  # a model may be spread over several
         # CUDA multiplies half precision with float32 accumulation and output; CPUs do not offer it.
         half_on_cuda = hidden_SM.is_cuda and weight_VM.dtype != torch.float32
         hidden_SM = hidden_SM if half_on_cuda else hidden_SM.float()

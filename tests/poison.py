@@ -40,9 +40,9 @@ def install() -> None:
 def _poison_load(models: Any) -> None:
     load = models.load
 
-    def poisoned(*args: Any) -> Any:
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
         take_effect(POISON.get("load", ""))
-        return load(*args)
+        return load(*args, **kwargs)
 
     models.load = poisoned
 

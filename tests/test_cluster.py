@@ -44,5 +44,6 @@ def test_the_gpus_of_an_actor_lie_on_one_node(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8})
     assert cluster.plan_workers(ClusterConfig(gpus_per_actor=2)).actors == 3
     assert cluster.plan_workers(ClusterConfig(gpus_per_actor=0.5)).actors == 16
+    assert cluster.plan_workers(ClusterConfig(gpus_per_actor=0.4)).actors == 16  # not 20
     with pytest.raises(ConfigError, match="has 8 GPUs, room for 3 actors"):
         cluster.plan_workers(ClusterConfig(gpus_per_actor=2, actors=4))

@@ -123,6 +123,23 @@ def test_mean_hidden_states_include_the_shared_prefix() -> None:
         np.testing.assert_allclose(one.mean_hidden_M, other.mean_hidden_M, atol=1e-5)
 
 
+def test_a_scored_token_of_a_prefix_meets_the_vocabulary_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in brief experience, where whole prompts are scored."""
+    model = tiny_model("Llama")
+    sequences = [TokenSequence(s.input_ids, ((1, len(s.input_ids)),)) for s in continuing([5] * 20)]
+    expected = Engine(model, share=()).score(sequences)
+    engine, projected = Engine(model), []
+    nll = engine._projection.nll
+    monkeypatch.setattr(
+        engine._projection, "nll", lambda h, t: projected.append(len(t)) or nll(h, t)
+    )
+    for one, other in zip(engine.score(sequences), expected, strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
+    assert sum(projected) == HEAD - 1 + 20 * 5 + 22 + 4
+
+
 def test_an_architecture_that_gets_prefixes_wrong_is_packed_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,7 +235,7 @@ def test_a_pack_holds_every_sequence_token_by_token(sequences: list[TokenIds], b
         laid = lay_out([sequences[i] for i in pack], [prefixes[i] for i in pack])
         assert len(laid.ids_T) == sum(laid.pack.lengths)
         assert len(laid.ids_T) <= budget or len(pack) == 1
-        positions = laid.pack.positions().numpy()
+        positions = laid.pack.positions()
         for index, place in zip(pack, laid.places, strict=True):
             assert laid.ids_T[place].tolist() == sequences[index].tolist()
             assert positions[place].tolist() == list(range(len(place)))
