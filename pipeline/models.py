@@ -108,11 +108,9 @@ def load(ref: ModelRef, dtype: torch.dtype, device: torch.device, num_devices: i
         )
     if num_devices == 1:
         return model.to(device)
-    places = {
-        *getattr(model, "hf_device_map", {}).values(),
-        *(p.device for p in model.parameters()),
-    }
-    if elsewhere := {"cpu", "disk", "meta"} & set(map(str, places)):
+    places = {str(parameter.device) for parameter in model.parameters()}
+    places |= set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if elsewhere := {"cpu", "disk", "meta"} & places:
         raise ModelError(
             f"model.path {ref.path}: it does not fit {num_devices} GPUs, part of it went to the "
             f"{' and '.join(sorted(elsewhere))}. Raise cluster.gpus_per_actor."

@@ -82,6 +82,12 @@ def test_missing_weights_are_refused_not_made_up(model_dir: Path, tmp_path: Path
         models.load(ref, torch.float32, torch.device("cpu"))
 
 
+def test_a_model_that_its_gpus_cannot_hold_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    ref = resolve(model_dir, tmp_path)
+    with pytest.raises(ModelError, match=r"does not fit 2 GPUs, part of it went to the cpu"):
+        models.load(ref, torch.float32, torch.device("cuda"), num_devices=2)
+
+
 def test_a_directory_without_a_tokenizer_is_refused(model_dir: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
     (copy / "tokenizer.json").unlink()

@@ -130,11 +130,15 @@ def test_a_scored_token_of_a_prefix_meets_the_vocabulary_once(
     model = tiny_model("Llama")
     sequences = [TokenSequence(s.input_ids, ((1, len(s.input_ids)),)) for s in continuing([5] * 20)]
     expected = Engine(model, share=()).score(sequences)
-    engine, projected = Engine(model), []
+    engine = Engine(model)
+    projected = []
     nll = engine._projection.nll
-    monkeypatch.setattr(
-        engine._projection, "nll", lambda h, t: projected.append(len(t)) or nll(h, t)
-    )
+
+    def counted(hidden_SM: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:
+        projected.append(len(targets_S))
+        return nll(hidden_SM, targets_S)
+
+    monkeypatch.setattr(engine._projection, "nll", counted)
     for one, other in zip(engine.score(sequences), expected, strict=True):
         assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
     assert sum(projected) == HEAD - 1 + 20 * 5 + 22 + 4
