@@ -24,6 +24,7 @@ check: .venv/.installed
 
 bench: .venv/.installed $(SMOLLM2)
 	$(BIN)/python tests/benchmarks/engine.py speed
+	$(BIN)/python tests/benchmarks/engine.py savings
 	$(BIN)/python tests/benchmarks/engine.py fidelity
 	$(BIN)/python tests/benchmarks/engine.py memory
 	$(BIN)/python tests/benchmarks/overhead.py

