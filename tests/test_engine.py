@@ -16,6 +16,7 @@ from pipeline import projection
 from pipeline.attention import PACKED, UnsupportedAttentionError, packed_attention
 from pipeline.devices import auto_dtype
 from pipeline.engine import Engine, TokenSequence
+from pipeline.forward import longest_together
 from pipeline.grouped_attention import _plan_groups
 from pipeline.packing import Laid, Pack
 from pipeline.sharing import Share
@@ -101,11 +102,16 @@ def test_longrope_turns_short_sequences_as_if_they_were_alone(share: tuple[Share
     """Transformers takes the frequencies of all from the longest of a pass."""
     half = 4  # of a head's dimensions
     rope = {
-        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+        "rope_type": "longrope", "rope_theta": 1e4,
         "short_factor": [1.0] * half, "long_factor": [9.0] * half,
     }  # fmt: skip
-    changes = {"rope_parameters": rope, "max_position_embeddings": 128, "num_attention_heads": 4}
-    model = tiny_model("Phi3", **changes)
+    model = tiny_model(
+        "Phi3",
+        rope_parameters=rope,
+        original_max_position_embeddings=32,
+        max_position_embeddings=128,
+    )
+    assert longest_together(model.config) == 32
     sequences = sequences_of([100, 20, 40, 32, 33, 9])
     engine = Engine(model, share=share)
     assert engine.mode == "packed"
