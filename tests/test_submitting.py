@@ -231,9 +231,8 @@ def test_a_cluster_that_has_just_come_up_is_asked_again(monkeypatch: pytest.Monk
 
 
 def test_extras_travel_in_the_versions_that_are_here() -> None:
-    pins = submitting._pins("gguf")
-    assert [pin.partition("==")[0] for pin in pins] == ["gguf", "accelerate"]
-    assert all(re.fullmatch(r"[a-z]+==\d[\d.]*", pin) for pin in pins)
+    [pin] = submitting._pins("gguf")
+    assert re.fullmatch(r"gguf==\d[\d.]*", pin)
 
 
 @given(st.data())
