@@ -3,7 +3,7 @@
 Needs torch, transformers and numpy, no Ray; rows of a corpus also need pyarrow and the tokenizer.
 
     python tests/benchmarks/engine.py speed [--model PATH | --shape NAME] [--rows N] [--rounds N]
-    python tests/benchmarks/engine.py savings [--model PATH] [--rows N]
+    python tests/benchmarks/engine.py savings [--model PATH] [--input PATH] [--template NAME]
     python tests/benchmarks/engine.py profile [--model PATH | --shape NAME] [--rows N]
     python tests/benchmarks/engine.py fidelity --model PATH [--rows N]
     python tests/benchmarks/engine.py memory --model PATH [--rows N]
@@ -28,7 +28,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +87,20 @@ class Row(NamedTuple):
     direct: TokenSequence
 
 
+class Rendered(NamedTuple):
+    """A sample's tokens, and where its turns lie."""
+
+    ids_T: npt.NDArray[np.int32]
+    turns: list[Any]
+    prefix: npt.NDArray[np.int32]
+
+    def passes(self, share_turns: bool) -> list[TokenSequence]:
+        from pipeline import metric
+
+        conditioned = metric.conditioned_passes(self.ids_T, self.turns, share_turns)
+        return conditioned + metric.direct_passes(self.ids_T, self.turns, self.prefix)
+
+
 Losses = list[tuple[float, float]]
 """Of each row, mean nats a token of both passes."""
 
@@ -108,6 +122,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default=str(SMOLLM2), help="directory or .gguf")
     parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a model")
     parser.add_argument("--input", default=str(ALPACA), help="Alpaca rows in Parquet")
+    parser.add_argument("--template", default="alpaca")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sample")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-batch-tokens", type=int)
@@ -279,7 +295,7 @@ def padded(model: Any, rows: list[Row]) -> Losses:
 def count_flops(model: Any, rows: list[Row], engine: Engine | None = None) -> float:
     """Multiplications and additions of all matrix products, with what an engine shares once."""
     budget, share = (engine.max_batch_tokens, engine.share) if engine else (CPU_BATCH_TOKENS, ())
-    packs, scored = packs_of(rows, budget, share)
+    packs, scored = packs_of([sequence for row in rows for sequence in row], budget, share)
     stretches = [
         pair for pack in packs for pair in zip(pack.lengths, pack.prefix_lengths, strict=True)
     ]
@@ -302,9 +318,10 @@ def count_flops(model: Any, rows: list[Row], engine: Engine | None = None) -> fl
     )
 
 
-def packs_of(rows: list[Row], budget: int, share: Collection[str]) -> tuple[list[Pack], int]:
-    """The packs that an engine makes of rows, and the tokens that it scores."""
-    sequences = [sequence for row in rows for sequence in row]
+def packs_of(
+    sequences: list[TokenSequence], budget: int, share: Collection[str]
+) -> tuple[list[Pack], int]:
+    """The packs that an engine makes of sequences, and the tokens that it scores."""
     if "equal" in share:
         same_as = find_equal([s.input_ids for s in sequences], [s.spans for s in sequences])
         sequences = [sequences[i] for i in sorted(set(same_as))]
@@ -334,15 +351,19 @@ def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
 
 def savings(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens of both passes that are not computed, for each kind of shared work alone and all."""
-    rows = load_rows(options)
     budget = options.max_batch_tokens or CPU_BATCH_TOKENS
-    plain = sum(sum(pack.lengths) for pack in packs_of(rows, budget, ())[0])
+    samples = load_samples(options)
+
+    def computed(share: Collection[str]) -> int:
+        sequences = [sequence for sample in samples for sequence in sample.passes("turns" in share)]
+        return sum(sum(pack.lengths) for pack in packs_of(sequences, budget, share)[0])
+
+    plain = computed(())
     found = {}
-    for share in (("prefixes",), ("equal",), SHARES):
-        computed = sum(sum(pack.lengths) for pack in packs_of(rows, budget, share)[0])
-        found["+".join(share)] = 1 - computed / plain
-        print(f"{'+'.join(share):24} {1 - computed / plain:8.2%} of {plain:,} tokens")
-    return {"rows": len(rows), "tokens": plain, "max_batch_tokens": budget, "saved": found}
+    for share in (("prefixes",), ("equal",), ("turns",), SHARES):
+        found["+".join(share)] = saved = 1 - computed(share) / plain
+        print(f"{'+'.join(share):24} {saved:8.2%} of {plain:,} tokens")
+    return {"rows": len(samples), "tokens": plain, "max_batch_tokens": budget, "saved": found}
 
 
 def profile(options: argparse.Namespace) -> dict[str, Any]:
@@ -423,31 +444,31 @@ def peak_bytes(device: str) -> int:
 
 def load_rows(options: argparse.Namespace) -> list[Row]:
     if options.shape is None and Path(options.input).exists():
-        return list(alpaca_rows(options))
+        return [Row(*sample.passes(True)) for sample in load_samples(options)]
     model = SHAPES[options.shape or "smollm2-135m"]
     return synthetic_rows(options.rows, model.vocab_size)
 
 
-def alpaca_rows(options: argparse.Namespace) -> Iterator[Row]:
+def load_samples(options: argparse.Namespace) -> list[Rendered]:
     """Rows at equal distances over the corpus, as the preset `cherry` renders them."""
     import pyarrow.parquet as pq
 
-    from pipeline import metric, models
+    from pipeline import models
     from pipeline.rendering import Renderer
     from pipeline.samples import find_columns, read_samples
 
     table = pq.read_table(options.input)
-    table = table.take(np.arange(options.rows) * len(table) // options.rows)
-    renderer = Renderer(models.load_tokenizer(model_ref(options)), "alpaca", 512, True)
+    rows = min(options.rows, len(table))
+    table = table.take(np.arange(rows) * len(table) // rows)
+    tokenizer = models.load_tokenizer(model_ref(options))
+    renderer = Renderer(tokenizer, options.template, options.max_length, True)
     prefix = np.array(renderer.prefix_ids, dtype=np.int32)
     columns = find_columns(table.schema, options.input, "auto", {})
-    for sample in renderer(list(read_samples(table, columns))):
-        if sample.status == "ok":
-            ids = np.array(sample.input_ids, dtype=np.int32)
-            turns = list(sample.turns)
-            (conditioned,) = metric.conditioned_passes(ids, turns, True)
-            (direct,) = metric.direct_passes(ids, turns, prefix)
-            yield Row(conditioned, direct)
+    return [
+        Rendered(np.array(sample.input_ids, dtype=np.int32), list(sample.turns), prefix)
+        for sample in renderer(list(read_samples(table, columns)))
+        if sample.status == "ok"
+    ]
 
 
 def synthetic_rows(count: int, vocabulary: int, seed: int = 0) -> list[Row]:
