@@ -69,7 +69,7 @@ def packed_attention(
         module: The layer that asks.
         query_1HTD: Float.
         key_1KTD: Float; H is a multiple of K.
-        value_1KTD: Float.
+        value_1KTD: Float; its last dimension may be another, which the output's is then.
         attention_mask: Must be None: boundaries come from `cherry_pack`.
         scaling: Factor of the scores; None is 1/sqrt(D).
         dropout: Must be 0.
@@ -97,9 +97,18 @@ def packed_attention(
     query_1HTD, key_1KTD = query_1HTD.to(value_1KTD.dtype), key_1KTD.to(value_1KTD.dtype)
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     asked = Asked(scale, sliding_window, softcap, s_aux)
-    varlen = query_1HTD.is_cuda and query_1HTD.dtype != torch.float32 and asked.fused
-    attend = _varlen if varlen else grouped_attention
+    attend = _varlen if asked.fused and _varlen_takes(query_1HTD, value_1KTD) else grouped_attention
     return attend(query_1HTD[0], key_1KTD[0], value_1KTD[0], cherry_pack, asked)[None], None
+
+
+def _varlen_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention, which varlen attention is, has a kernel for this."""
+    return (
+        query.is_cuda
+        and query.dtype != torch.float32
+        and query.shape[-1] == value.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _varlen(

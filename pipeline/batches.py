@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config_training import TrainConfig
+from pipeline.packing import plan_padded
 
 
 def count_steps(num_rows: int, config: TrainConfig) -> int:
@@ -40,7 +41,9 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def deal_packs(lengths: Sequence[int], workers: int, max_tokens: int) -> list[list[list[int]]]:
+def deal_packs(
+    lengths: Sequence[int], workers: int, max_tokens: int, *, padded: bool = False
+) -> list[list[list[int]]]:
     """Put the rows of a step into packs, and deal these to workers.
 
     Workers wait for each other in every pack, so that all get equally many of about equal length:
@@ -50,6 +53,8 @@ def deal_packs(lengths: Sequence[int], workers: int, max_tokens: int) -> list[li
         lengths: Tokens of each row.
         workers: Training processes.
         max_tokens: Of a pack.
+        padded: Whether rows are padded to the longest of their pack, which counts then: rows of
+            like length go together.
 
     Returns:
         For each worker its packs of indices into `lengths`, longest row first. Where there are
@@ -58,6 +63,10 @@ def deal_packs(lengths: Sequence[int], workers: int, max_tokens: int) -> list[li
     Example:
         `deal_packs([5, 3, 3, 1], 2, 6) -> [[[0, 3]], [[1, 2]]]`
     """
+    if padded:
+        batches = plan_padded(lengths, max_tokens)
+        batches += [[] for _ in range(-len(batches) % workers)]
+        return [batches[worker::workers] for worker in range(workers)]
     least = sum(min(length, max_tokens) for length in lengths)
     each = max(1, -(-least // (workers * max_tokens)))
     while True:

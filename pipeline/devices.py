@@ -4,6 +4,7 @@ Measured once and kept here; nothing is timed at run time, so that scores can be
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -34,7 +35,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def auto_batch_tokens(device: torch.device, config: Any) -> int:
+def auto_batch_tokens(device: torch.device, dtype: torch.dtype, config: Any) -> int:
     """Tokens of a pack, from the kind of device and the model's shape, never from timing.
 
     CPU: 4,096. CUDA: what fits a third of the device's memory, at most 65,536.
@@ -42,10 +43,11 @@ def auto_batch_tokens(device: torch.device, config: Any) -> int:
     if device.type != "cuda":
         return 4096
     hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    # Two bytes each of residual, norms, query, key, value and output, and of both halves of a
-    # gated MLP; logits are bounded apart (projection.py).
-    bytes_per_token = 2 * (8 * hidden + 3 * inner)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, Sequence) else int(inner)  # Gemma 3n: one a layer
+    # Residual, norms, query, key, value and output, and both halves of a gated MLP; logits are
+    # bounded apart (projection.py).
+    bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)
     total = torch.cuda.get_device_properties(device).total_memory
     return int(min(65536, max(2048, total / 3 / bytes_per_token) // 1024 * 1024))
 

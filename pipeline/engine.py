@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.devices import auto_batch_tokens, from_device, mark, to_device
 from pipeline.forward import hidden_packed, longest_together, run_padded
-from pipeline.packing import Laid, lay_out, plan_packs
+from pipeline.packing import Laid, lay_out, plan_packs, plan_padded
 from pipeline.probe import find_fault
 from pipeline.projection import Projection
 from pipeline.sharing import SHARES, Prefix, Share, TokenIds, find_equal, find_prefixes
@@ -96,7 +96,7 @@ class Engine:
         self.dtype = next(model.parameters()).dtype
         config = model.config.get_text_config()
         self.max_batch_tokens = (
-            auto_batch_tokens(self.device, config) if max_batch_tokens == "auto"
+            auto_batch_tokens(self.device, self.dtype, config) if max_batch_tokens == "auto"
             else max_batch_tokens
         )  # fmt: skip
         self._longest_together = longest_together(config)
@@ -192,7 +192,7 @@ class Engine:
     def _plan(self, lengths: list[int], prefixes: list[Prefix | None]) -> list[list[int]]:
         budget = self.max_batch_tokens
         if self.mode == "padded":  # whole float32 logits of at most 1 GiB
-            budget = max(1, min(budget, 2**30 // (4 * self._vocab_size)))
+            return plan_padded(lengths, min(budget, 2**30 // (4 * self._vocab_size)))
         packs = plan_packs(lengths, budget, prefixes)
         alone = {i for i, length in enumerate(lengths) if length > self._longest_together}
         if alone:

@@ -51,12 +51,10 @@ def run_padded(
     return output.logits[mask_BL], output.hidden_states[-1][mask_BL] if hidden else None
 
 
-def run_alone(model: Any, ids_T: Tensor) -> tuple[Tensor, Tensor]:
-    """One sequence through the model's own eager attention: logits and last hidden states."""
-    inputs = {"input_ids": ids_T.unsqueeze(0).to(model.device), "use_cache": False}
+def run_alone(module: Any, model: Any, ids_T: Tensor) -> Any:
+    """What a model, or the body of it, gives for one sequence through its own eager attention."""
     _use_attention(model, "eager")
-    hidden_TM = model.base_model(**inputs).last_hidden_state[0]
-    return model(**inputs).logits[0], hidden_TM
+    return module(input_ids=ids_T.unsqueeze(0).to(model.device), use_cache=False)
 
 
 def longest_together(config: Any) -> int:

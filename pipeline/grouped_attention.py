@@ -196,8 +196,8 @@ def _explicit(
         scores = torch.cat([scores, sinks], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :keys].to(value.dtype)
     output = torch.bmm(weights.reshape(batch * num_keys, -1, keys), value)
-    output_BHLD = output.view(batch, num_heads, longest, head_dim)
-    output_THD = output_BHLD.transpose(1, 2).reshape(batch * longest, num_heads, head_dim)
+    output_BHLD = output.view(batch, num_heads, longest, -1)
+    output_THD = output_BHLD.transpose(1, 2).flatten(0, 1)
     return output_THD if group.padded_T is None else output_THD[group.padded_T]
 
 

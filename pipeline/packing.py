@@ -142,6 +142,29 @@ def lay_out(sequences: Sequence[TokenIds], prefixes: Sequence[Prefix | None]) ->
     return Laid(pack, np.concatenate(stretches), places)
 
 
+def plan_padded(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Group sequences into batches of at most `max_batch_tokens` tokens, padding included.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_batch_tokens: Of a batch: its longest sequence times their number.
+
+    Returns:
+        Batches of indices into `lengths`, longest first; together a partition of all of them. A
+        sequence over the budget is a batch of its own.
+
+    Example:
+        `plan_padded([3, 5, 4], 8) -> [[1], [2, 0]]`
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 def plan_packs(
     lengths: Sequence[int],
     max_batch_tokens: int,

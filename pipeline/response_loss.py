@@ -94,7 +94,12 @@ def forward_pack(
 
 @torch.no_grad()
 def evaluate(
-    wrapped: nn.Module, held_out: dict[str, Examples], max_tokens: int, dtype: torch.dtype
+    wrapped: nn.Module,
+    held_out: dict[str, Examples],
+    max_tokens: int,
+    dtype: torch.dtype,
+    *,
+    padded: bool,
 ) -> dict[str, dict[str, float]]:
     """Judge a model by held-out sets; every worker must call it.
 
@@ -106,16 +111,18 @@ def evaluate(
     dropping = [module for module in wrapped.modules() if module.training]  # adapters' dropout
     for module in dropping:
         module.training = False
-    found = {name: _evaluate(wrapped, rows, max_tokens, dtype) for name, rows in held_out.items()}
+    found = {
+        name: _evaluate(wrapped, rows, max_tokens, dtype, padded) for name, rows in held_out.items()
+    }
     for module in dropping:
         module.training = True
     return found
 
 
 def _evaluate(
-    wrapped: nn.Module, examples: Examples, max_tokens: int, dtype: torch.dtype
+    wrapped: nn.Module, examples: Examples, max_tokens: int, dtype: torch.dtype, padded: bool
 ) -> dict[str, float]:
-    dealt = deal_packs(examples.lengths.tolist(), world_size(), max_tokens)
+    dealt = deal_packs(examples.lengths.tolist(), world_size(), max_tokens, padded=padded)
     sums = torch.zeros(2, dtype=torch.float64)
     for pack in dealt[rank()]:
         found = forward_pack(wrapped, examples, pack or [0], dtype, whole=False).double().cpu()

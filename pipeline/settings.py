@@ -13,8 +13,8 @@ from pipeline.schemas import EMBEDDING, PART
 from pipeline.sharing import SHARES, Share
 from pipeline.units import fingerprint
 
-SCORING_VERSION = 1
-EMBEDDING_VERSION = 1
+SCORING_VERSION = 2
+EMBEDDING_VERSION = 2
 
 
 @dataclass(frozen=True)

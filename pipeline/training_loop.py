@@ -85,13 +85,14 @@ def train(
     """
     world = world_size()
     fault = find_fault(model, max_length, dtype)
-    if fault:
+    padded = fault is not None
+    if padded:
         name = type(model).__name__
         log.warning("%s: %s; training in padded batches instead, which is slower", name, fault)
     # The model's own dropout stays off: packed attention has none, and few epochs need none.
     for name, module in model.named_modules():
         module.train(name.endswith("lora_dropout.default"))
-    wrapped = parallel(ResponseLoss(model, fault is None), model, config.gpus_per_replica, dtype)
+    wrapped = parallel(ResponseLoss(model, not padded), model, config.gpus_per_replica, dtype)
     optimizer = _optimizer(model, config)
     num_steps = batches.count_steps(len(examples), config)
     start = 0
@@ -102,14 +103,19 @@ def train(
     evaluated = np.linspace(0, num_steps, points).round().astype(int).tolist() if sets else []
     if sets and not history:
         history.append(
-            {"step": 0, "held_out": evaluate(wrapped, sets, config.max_batch_tokens, dtype)}
+            {
+                "step": 0,
+                "held_out": evaluate(wrapped, sets, config.max_batch_tokens, dtype, padded=padded),
+            }
         )
     lengths = examples.lengths
     for step in range(start, num_steps):
         begun = time.monotonic()
         torch.manual_seed(config.seed * 1_000_003 + step * world + rank())  # of dropout
         rows = batches.rows_of_step(len(examples), config, step)
-        dealt = batches.deal_packs(lengths[rows].tolist(), world, config.max_batch_tokens)
+        dealt = batches.deal_packs(
+            lengths[rows].tolist(), world, config.max_batch_tokens, padded=padded
+        )
         packs = [rows[pack] for pack in dealt[rank()]]
         num_targets = sum(int(examples.targets[examples.span(r)].sum()) for r in rows)
         loss = _backward(wrapped, examples, packs, rows, world / num_targets, dtype) / world
@@ -125,7 +131,9 @@ def train(
         )
         noted: dict[str, Any] = {"step": step + 1, "loss": loss, "grad_norm": norm}
         if step + 1 in evaluated:
-            noted["held_out"] = evaluate(wrapped, sets, config.max_batch_tokens, dtype)
+            noted["held_out"] = evaluate(
+                wrapped, sets, config.max_batch_tokens, dtype, padded=padded
+            )
         history.append(noted)
         report(done)
         if checkpoints_url and done.step % config.checkpoint_steps == 0 and done.step < num_steps:

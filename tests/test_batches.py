@@ -1,7 +1,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,15 +46,20 @@ def test_deal_packs_by_hand() -> None:
 
 
 @given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(1, 5), st.integers(1, 100)
+    st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    st.integers(1, 5),
+    st.integers(1, 100),
+    st.booleans(),
 )
 def test_packs_are_a_partition_and_equally_many(
-    lengths: list[int], workers: int, max_tokens: int
+    lengths: list[int], workers: int, max_tokens: int, padded: bool
 ) -> None:
-    dealt = deal_packs(lengths, workers, max_tokens)
+    dealt = deal_packs(lengths, workers, max_tokens, padded=padded)
     assert len(dealt) == workers
     assert len({len(packs) for packs in dealt}) == 1
     packs = [pack for each in dealt for pack in each]
     assert sorted(itertools.chain(*packs)) == list(range(len(lengths)))
     for pack in packs:
-        assert len(pack) <= 1 or np.sum([lengths[i] for i in pack]) <= max_tokens
+        own = [lengths[i] for i in pack]
+        cost = max(own, default=0) * len(own) if padded else sum(own)
+        assert len(pack) <= 1 or cost <= max_tokens

@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -220,7 +220,7 @@ class Contender(NamedTuple):
 
 def make_contenders(options: argparse.Namespace, rows: list[Row]) -> dict[str, Contender]:
     full = load_model(options, torch.float32)
-    budget = options.max_batch_tokens or "auto"
+    budget: int | Literal["auto"] = options.max_batch_tokens or "auto"
     plain = Engine(full, budget, share=())
     shared = Engine(full, budget)
     own = with_own_attention(full)
@@ -301,7 +301,7 @@ def count_flops(model: Any, rows: list[Row], engine: Engine | None = None) -> fl
     ]
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    body = sum(
+    body: int = sum(
         module.weight.numel()
         for module in model.modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
@@ -309,12 +309,13 @@ def count_flops(model: Any, rows: list[Row], engine: Engine | None = None) -> fl
     width = int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    products = 4 * width * config.num_attention_heads * config.num_hidden_layers
+    heads = int(config.num_attention_heads) * int(config.num_hidden_layers)
+    products = 4.0 * width * heads
     keys_seen = sum(n * past + n * (n + 1) / 2 for n, past in stretches)
     return (
         2.0 * body * sum(n for n, _ in stretches)
         + products * keys_seen
-        + 2.0 * head.weight.numel() * scored
+        + 2.0 * int(head.weight.numel()) * scored
     )
 
 

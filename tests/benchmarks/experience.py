@@ -22,6 +22,7 @@ import ray
 from pipeline import cluster, config, phases, run
 from pipeline.job import check
 from pipeline.training_loop import StepDone
+from pipeline.watching import Pace
 
 
 class Lines:
@@ -31,7 +32,7 @@ class Lines:
         """What begins."""
         print(name, flush=True)
 
-    def unit(self, unit: Any, total: int) -> None:
+    def unit(self, pace: Pace) -> None:
         """A unit."""
 
     def step(self, step: StepDone) -> None:
@@ -68,7 +69,7 @@ def main() -> None:
         job = config.parse(base)
         describe("before", config.parse(held_out(base, folder, str(options.model))))
         begun = time.monotonic()
-        found = run.experience(job, Lines())
+        found, _ = run.experience(job, Lines())
         print(
             f"embedded {found.manifest['rows_by_status']['ok']:,} prompts and chose "
             f"{found.manifest['selected_rows']:,} rows in {time.monotonic() - begun:.0f} s",

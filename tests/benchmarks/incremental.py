@@ -9,6 +9,7 @@ Each prints its figures; none is a test.
 
 import argparse
 import io
+import logging
 import os
 import sys
 import tempfile
@@ -220,7 +221,7 @@ def start_ray() -> None:
         num_cpus=os.cpu_count(),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
 
 

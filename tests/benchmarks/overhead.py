@@ -21,10 +21,14 @@ import pyarrow as pa
 import ray
 import torch
 
-from pipeline import config, models, run, scoring
+from pipeline import config, models, run
+from pipeline.cluster import Workers
 from pipeline.devices import keep_freed_memory
 from pipeline.engine import Engine
+from pipeline.job import check, plan
 from pipeline.metric import score_table
+from pipeline.settings import Scoring
+from pipeline.tokenising import prepare
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -91,15 +95,11 @@ def settings_for(options: argparse.Namespace, output: str) -> config.Config:
 
 def prepare_engine(settings: config.Config) -> tuple[Engine, list[pa.Table], tuple[int, ...]]:
     """The engine as an actor makes it, and each unit's tokens as the tokenise stage makes them."""
-    checked = run.check(settings, selecting=False)
-    job = run.plan(checked)
-    tables = [
-        scoring.from_ipc(
-            scoring.tokenise_unit(pa.table({"unit": [unit.to_json()]}), job.settings)["payload"][0]
-            .as_buffer()
-        )
-        for unit in job.plan.units
-    ]  # fmt: skip
+    checked = check(settings, selecting=False)
+    job = plan(checked)
+    alone = Workers(actors=1, num_gpus=0, num_cpus=1, threads=torch.get_num_threads())
+    scoring = Scoring(job.settings, job.plan.scores_url, alone, timeout_s=600)
+    tables = [prepare(unit, scoring)[0] for unit in job.plan.units]
     dtype: Any = getattr(torch, job.settings.dtype)
     model = models.load(job.settings.model, dtype, torch.device("cpu"))
     engine = Engine(model, job.settings.max_batch_tokens, job.settings.max_length)

@@ -37,7 +37,7 @@ def main() -> None:
     options = parse_options()
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
-    scoring.UnitScorer = SleepingScorer  # type: ignore[assignment,misc]
+    scoring.UnitScorer = SleepingScorer  # type: ignore[misc]
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

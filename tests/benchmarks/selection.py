@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,7 @@ def a_part(random: np.random.Generator, unit: Unit) -> bytes:
 
 
 def in_turns(
-    ways: dict[str, Callable[[], int]], rounds: int, store_gib: float, num_rows: int
+    ways: Mapping[str, Callable[[], int]], rounds: int, store_gib: float, num_rows: int
 ) -> dict[str, Any]:
     """Seconds and memory of each way, round after round; a table of medians."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -323,7 +323,7 @@ def measure(way: Callable[[], int], store_gib: float) -> tuple[float, float, flo
         num_cpus=_CPUS,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         object_store_memory=int(store_gib * 2**30),
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
