@@ -39,7 +39,8 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The constraints pin what was tested; torch==2.13.0 is a CPU build on machines without a GPU.
+# The constraints pin what was tested. To take another build of torch than your package index gives,
+# install it into .venv first.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf]'

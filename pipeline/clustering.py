@@ -53,7 +53,7 @@ def fit(plan: Plan, audited: Audit, config: ExperienceConfig) -> tuple[Floats, i
     starts = np.concatenate([[0], np.cumsum(counts)])
     first = plan.units[int(np.flatnonzero(counts)[0])]
     width = _read(first, plan.scores_url)[0].shape[1]
-    drawn = _drawn(int(starts[-1]), width)
+    drawn, exact = _drawn(int(starts[-1]), width)
     edges = np.searchsorted(drawn, starts)
     wanted = [
         (unit, drawn[edges[i] : edges[i + 1]] - starts[i])
@@ -66,7 +66,7 @@ def fit(plan: Plan, audited: Audit, config: ExperienceConfig) -> tuple[Floats, i
     ]
     # Memory: the pieces, all of them in a row, and what K-means makes of that.
     task: Any = _fit.options(memory=3 * 4 * width * len(drawn))
-    centers: Floats = ray.get(task.remote(config, len(drawn) == starts[-1], *pieces))
+    centers: Floats = ray.get(task.remote(config, exact, *pieces))
     return centers, len(drawn)
 
 
@@ -105,13 +105,16 @@ def sample_clusters(
     return np.concatenate(chosen)
 
 
-def _drawn(num_rows: int, width: int) -> npt.NDArray[np.int64]:
-    """Numbers of the prompts that K-means is fitted to: all, or so many at equal distances."""
+def _drawn(num_rows: int, width: int) -> tuple[npt.NDArray[np.int64], bool]:
+    """Numbers of the prompts that K-means is fitted to, and whether it may take them all at once.
+
+    All, or so many at equal distances.
+    """
     fitting = _MOST_FITTED_BYTES // (4 * width)
     if num_rows <= min(MOST_EXACT_ROWS, fitting):
-        return np.arange(num_rows)
+        return np.arange(num_rows), True
     most = min(num_rows, MOST_SAMPLED_ROWS, fitting)
-    return np.arange(most) * num_rows // most
+    return np.arange(most) * num_rows // most, False
 
 
 @ray.remote

@@ -31,8 +31,8 @@ def describe(fault: dict[str, Any], model: type[BaseModel]) -> str:
         best = near or same_leaf
         hint = f" Did you mean '{best[0]}'?" if best else f" Valid keys: {', '.join(known)}."
         return f"key '{key}' is unknown.{hint}"
-    if fault["type"] == "missing":
-        return f"key '{key}' is missing and has no default."
+    if fault["type"] == "missing":  # its parents are there: no branch of a union
+        return f"key '{'.'.join(location)}' is missing and has no default."
     reason = str(fault["msg"]).removeprefix("Value error, ")
     got = fault["input"]
     shown = "" if isinstance(got, (dict, BaseModel)) else f" got {got!r};"

@@ -169,7 +169,9 @@ def _hub_download(name: str, revision: str | None, patterns: list[str]) -> str:
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        reason = " ".join(str(err).split()) or type(err).__name__
+        if isinstance(err, HfHubHTTPError) and err.response.status_code in (401, 403):
+            reason += " If it is gated or private: accept its terms on the hub, and set HF_TOKEN."
         raise ModelError(
             f"model.path {name}: there is no such directory here, and the hub does not give a "
             f"model of this name (revision {revision or 'main'}): {reason}"

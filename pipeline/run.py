@@ -195,7 +195,8 @@ def _scored_before(base: Checked, begun: float) -> _Scored:
     if missing := job.plan.pending(job.plan.parts()):
         raise InputError(
             f"{job.plan.scores_url}: {len(missing)} of {len(job.plan.units)} units are not "
-            "scored yet. Run: cherry score CONFIG."
+            f"scored yet, in {job.settings.dtype}. Run: cherry score CONFIG; or, where machines of "
+            "another kind scored them, set model.dtype to theirs."
         )
     audited = accounting.audit(job.plan)
     return _Scored(job, job.plan, audited, summarise(job, job.plan, [], audited, begun))

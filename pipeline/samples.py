@@ -11,6 +11,7 @@ An Alpaca input keeps a role of its own ('input'), so that instruction and input
 empty one is no message, so that the same text has the same identity in every layout.
 """
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -127,6 +128,14 @@ def find_columns(
             _check_types(schema, where, found)
             return found
     has = ", ".join(schema.names)
+    if absent := {f: name for f, name in mapped.items() if name not in schema.names}:
+        field, name = next(iter(absent.items()))
+        near = difflib.get_close_matches(name, schema.names, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise InputError(
+            f"shard {where}: input.columns.{field} names column '{name}', which is not there "
+            f"(has: {has}).{hint}"
+        )
     if layout == "auto":
         columns = {k: ", ".join(" or ".join(c) for c in v.values()) for k, v in _FIELDS.items()}
         known = "; ".join(f"{name}: {listed}" for name, listed in columns.items())

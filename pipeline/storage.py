@@ -32,6 +32,7 @@ from pipeline.atomic import Write, link_file, replace_file
 from pipeline.errors import InputError, StorageError
 from pipeline.s3 import WholeS3FileSystem, says_exists, why
 
+_BACKENDS = {"adlfs", "aiohttp", "azure", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub"}
 _READERS = 8
 """Objects that are read at a time by one process."""
 
@@ -96,7 +97,9 @@ def reading(url: str, done: str = "read") -> Iterator[None]:
             f"{url}: permission denied ({err}). The credentials in the environment may not read "
             "it: check the key, the bucket's policy and AWS_ENDPOINT_URL."
         ) from None
-    except (OSError, BotoCoreError, ClientError) as err:
+    except Exception as err:
+        if not _of_storage(err):
+            raise
         raise InputError(f"{url}: cannot be {done}{why(err)}") from err
 
 
@@ -105,8 +108,16 @@ def changing(url: str, what: str) -> Iterator[None]:
     """Turn what storage says of a write into StorageError, which names the object."""
     try:
         yield
-    except (OSError, BotoCoreError, ClientError) as err:
+    except Exception as err:
+        if not _of_storage(err):
+            raise
         raise StorageError(f"{url}: {what}{why(err)}") from err
+
+
+def _of_storage(err: Exception) -> bool:
+    """Whether storage says so: fsspec's backends have errors of their own beside OSError."""
+    known = isinstance(err, (OSError, BotoCoreError, ClientError))
+    return known or type(err).__module__.partition(".")[0] in _BACKENDS
 
 
 def list_objects(url: str) -> list[ObjectInfo]:

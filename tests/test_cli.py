@@ -330,7 +330,10 @@ def test_without_json_the_report_is_on_standard_output(job: Path, ray_local: Non
 def test_selecting_before_scoring_says_what_to_run(job: Path, ray_local: None) -> None:
     done = cherry("select", job)
     assert (done.exit_code, done.stdout) == (2, "")
-    assert_says(done.stderr, "3 of 3 units are not scored yet", "Run: cherry score CONFIG")
+    assert_says(
+        done.stderr, "3 of 3 units are not scored yet, in float32",
+        "Run: cherry score CONFIG", "set model.dtype",
+    )  # fmt: skip
 
 
 @pytest.mark.ray

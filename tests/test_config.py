@@ -165,6 +165,8 @@ def test_every_fault_is_named_at_once() -> None:
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"key 'model\.path' is missing and has no default"):
         config.parse({**MINIMAL, "model": {}})
+    with pytest.raises(ConfigError, match=r"key 'compare\.evaluate\.0\.path' is missing"):
+        config.parse({**MINIMAL, "compare": {"evaluate": [{"name": "held"}]}})
 
 
 @pytest.mark.parametrize(

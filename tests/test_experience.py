@@ -123,6 +123,17 @@ def test_a_large_corpus_is_fitted_to_a_sample(
     assert 0 < found.manifest["selected_rows"] <= 10
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_fitted", "exact"),
+    [(100_000, 100_000, True), (100_001, 100_001, False), (900_000, 500_000, False)],
+)
+def test_the_slow_exact_way_ends_where_it_says(num_rows: int, num_fitted: int, exact: bool) -> None:
+    """Between the two bounds K-means is fitted to all rows, and in mini-batches."""
+    drawn, slowly = clustering._drawn(num_rows, 64)
+    assert (len(drawn), slowly) == (num_fitted, exact)
+    assert 0 <= drawn.min() <= drawn.max() < num_rows
+
+
 @pytest.mark.ray
 def test_fewer_rows_than_clusters_are_refused(
     ray_local: None, config_for: ConfigFor, corpus: Path, tmp_path: Path

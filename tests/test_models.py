@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY, make_tokenizer, tiny_model
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from pipeline import model_files, models
@@ -70,6 +72,18 @@ def test_a_hub_model_is_identified_by_its_resolved_revision(
         )
         said.append(done.stdout.split())
     assert said == [[f"commit:{old}"] * 2, [f"commit:{new}", f"commit:{old}"]]
+
+
+def test_a_gated_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    response: Any = SimpleNamespace(status_code=403, headers={}, request=None)
+    said = "403 Client Error. (Request ID: 1)\n\nCannot access gated repo"
+
+    def gated(*_: object, **__: object) -> None:
+        raise GatedRepoError(said, response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(ModelError, match=r"Cannot access gated repo.* set HF_TOKEN"):
+        model_files.resolve(ModelConfig(path="org/gated"))
 
 
 def test_missing_weights_are_refused_not_made_up(model_dir: Path, tmp_path: Path) -> None:

@@ -207,6 +207,15 @@ def test_missing_column_of_a_named_layout() -> None:
 
 
 @pytest.mark.parametrize("layout", ["auto", "alpaca"])
+def test_a_mapped_column_that_is_not_there_is_named(layout: Any) -> None:
+    schema = pa.schema({"instruction": pa.string(), "answer": pa.string()})
+    with pytest.raises(
+        InputError, match=r"input\.columns\.response names column 'answr'.*Did you mean 'answer'"
+    ):
+        find(schema, layout, response="answr")
+
+
+@pytest.mark.parametrize("layout", ["auto", "alpaca"])
 def test_mapped_column_that_is_missing_is_never_replaced(layout: str) -> None:
     schema = pa.schema([("instruction", TEXT), ("output", TEXT)])
     with pytest.raises(InputError, match=r"part-12\.parquet"):

@@ -153,6 +153,23 @@ def test_a_url_of_an_unknown_kind_is_refused() -> None:
         storage.list_objects("ftpx://host/a")
 
 
+def test_errors_of_any_backend_are_storages_and_no_others() -> None:
+    class HttpError(Exception):
+        """As gcsfs has it."""
+
+    HttpError.__module__ = "gcsfs.retry"
+    with (
+        pytest.raises(InputError, match="gs://b/a: cannot be read: 401"),
+        storage.reading("gs://b/a"),
+    ):
+        raise HttpError("401")
+    with pytest.raises(StorageError, match="gs://b/a: not written: 401"):
+        with storage.changing("gs://b/a", "not written"):
+            raise HttpError("401")
+    with pytest.raises(TypeError), storage.reading("gs://b/a"):
+        raise TypeError("a mistake of ours")
+
+
 def test_reading_what_is_not_there_names_it(tmp_path: Path) -> None:
     url = str(tmp_path / "absent")
     for read in (storage.read_bytes, storage.list_objects):
