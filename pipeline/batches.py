@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config_training import TrainConfig
-from pipeline.packing import plan_padded
+from pipeline.packing import costs, plan_padded
 
 
 def count_steps(num_rows: int, config: TrainConfig) -> int:
@@ -42,7 +42,12 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
 
 
 def deal_packs(
-    lengths: Sequence[int], workers: int, max_tokens: int, *, padded: bool = False
+    lengths: Sequence[int],
+    workers: int,
+    max_tokens: int,
+    *,
+    padded: bool = False,
+    longest_together: int = 2**31,
 ) -> list[list[list[int]]]:
     """Put the rows of a step into packs, and deal these to workers.
 
@@ -55,6 +60,7 @@ def deal_packs(
         max_tokens: Of a pack.
         padded: Whether rows are padded to the longest of their pack, which counts then: rows of
             like length go together.
+        longest_together: A longer row is a pack of its own (see forward.py).
 
     Returns:
         For each worker its packs of indices into `lengths`, longest row first. Where there are
@@ -63,6 +69,7 @@ def deal_packs(
     Example:
         `deal_packs([5, 3, 3, 1], 2, 6) -> [[[0, 3]], [[1, 2]]]`
     """
+    lengths = costs(lengths, max_tokens, longest_together)
     if padded:
         batches = plan_padded(lengths, max_tokens)
         batches += [[] for _ in range(-len(batches) % workers)]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.devices import auto_batch_tokens, from_device, mark, to_device
 from pipeline.forward import hidden_packed, longest_together, run_padded
-from pipeline.packing import Laid, lay_out, plan_packs, plan_padded
+from pipeline.packing import Laid, costs, lay_out, plan_packs, plan_padded
 from pipeline.probe import find_fault
 from pipeline.projection import Projection
 from pipeline.sharing import SHARES, Prefix, Share, TokenIds, find_equal, find_prefixes
@@ -182,6 +182,14 @@ class Engine:
                 failure, message = type(err).__name__, str(err)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            if failure == "OutOfMemoryError":
+                log.warning(
+                    "a pack of %d tokens does not fit the memory; a lower score.max_batch_tokens "
+                    "(here %d) saves trying: %s",
+                    sum(len(ids[i]) for i in pack),
+                    self.max_batch_tokens,
+                    message,
+                )
             if len(pack) == 1:
                 log.warning("a sequence of %d tokens failed: %s", len(ids[pack[0]]), message)
                 yield pack, _Running(chosen, error=failure)
@@ -192,13 +200,9 @@ class Engine:
     def _plan(self, lengths: list[int], prefixes: list[Prefix | None]) -> list[list[int]]:
         budget = self.max_batch_tokens
         if self.mode == "padded":  # whole float32 logits of at most 1 GiB
-            return plan_padded(lengths, min(budget, 2**30 // (4 * self._vocab_size)))
-        packs = plan_packs(lengths, budget, prefixes)
-        alone = {i for i, length in enumerate(lengths) if length > self._longest_together}
-        if alone:
-            packs = [[i for i in pack if i not in alone] for pack in packs]
-            packs = [[i] for i in sorted(alone)] + [pack for pack in packs if pack]
-        return packs
+            budget = min(budget, 2**30 // (4 * self._vocab_size))
+            return plan_padded(costs(lengths, budget, self._longest_together), budget)
+        return plan_packs(costs(lengths, budget, self._longest_together), budget, prefixes)
 
     # T=tokens of the pack, S=scored tokens, B=sequences, M=hidden size, V=vocabulary
     def _start(self, laid: Laid, sequences: list[TokenSequence], hidden: bool) -> _Running:

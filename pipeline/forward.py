@@ -1,6 +1,7 @@
 """One forward pass of sequences that lie end to end: packed, or padded the model's own way."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from pipeline.attention import PACKED
 from pipeline.devices import to_device
 from pipeline.packing import Pack
+
+_refused: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 # T=tokens of all sequences, M=hidden size, V=vocabulary, B=sequences, L=longest of them
@@ -73,5 +76,9 @@ def longest_together(config: Any) -> int:
 
 
 def _use_attention(model: Any, implementation: str) -> None:
-    if model.config._attn_implementation != implementation:
+    asked = model.config._attn_implementation == implementation
+    # An architecture that never asks for its attention refuses, and warns each time.
+    if not asked and implementation not in _refused.get(model, ()):
         model.set_attn_implementation(implementation)
+        if model.config._attn_implementation != implementation:
+            _refused.setdefault(model, set()).add(implementation)

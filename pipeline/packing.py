@@ -142,6 +142,15 @@ def lay_out(sequences: Sequence[TokenIds], prefixes: Sequence[Prefix | None]) ->
     return Laid(pack, np.concatenate(stretches), places)
 
 
+def costs(lengths: Sequence[int], max_batch_tokens: int, longest_together: int) -> list[int]:
+    """What each sequence takes of a pack: its tokens, or all if it is too long to share a pass.
+
+    Example:
+        `costs([3, 9], 64, 8) -> [3, 64]`
+    """
+    return [max(n, max_batch_tokens) if n > longest_together else n for n in lengths]
+
+
 def plan_padded(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
     """Group sequences into batches of at most `max_batch_tokens` tokens, padding included.
 

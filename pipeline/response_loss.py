@@ -4,6 +4,7 @@ Sequences lie in packs as in scoring, without padding, and the vocabulary meets 
 predict a token with a loss, some at a time, and again in the backward pass.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.batches import deal_packs
 from pipeline.forward import hidden_packed, run_padded
 from pipeline.packing import Pack
-from pipeline.parallel import rank, sum_over_workers, world_size
+from pipeline.parallel import rank, sum_over_workers
 from pipeline.projection import logit_transform
 from pipeline.training_data import Examples
 
 _TOKENS_PROJECTED = 1024
 """Tokens that meet the vocabulary at once: 1,024 x 128,000 logits are half a gigabyte."""
+
+Deal = Callable[[Sequence[int]], list[list[list[int]]]]
 
 
 class ResponseLoss(nn.Module):
@@ -94,14 +96,15 @@ def forward_pack(
 
 @torch.no_grad()
 def evaluate(
-    wrapped: nn.Module,
-    held_out: dict[str, Examples],
-    max_tokens: int,
-    dtype: torch.dtype,
-    *,
-    padded: bool,
+    wrapped: nn.Module, held_out: dict[str, Examples], deal: Deal, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
     """Judge a model by held-out sets; every worker must call it.
+
+    Args:
+        wrapped: A ResponseLoss, or what shares it among workers.
+        held_out: The sets, by name.
+        deal: Puts rows, of which it gets the lengths, into packs for each worker.
+        dtype: Of matrix products.
 
     Returns:
         Of each set: `loss` in nats a token of its answers, and `exact_match`, the share of rows
@@ -111,18 +114,16 @@ def evaluate(
     dropping = [module for module in wrapped.modules() if module.training]  # adapters' dropout
     for module in dropping:
         module.training = False
-    found = {
-        name: _evaluate(wrapped, rows, max_tokens, dtype, padded) for name, rows in held_out.items()
-    }
+    found = {name: _evaluate(wrapped, rows, deal, dtype) for name, rows in held_out.items()}
     for module in dropping:
         module.training = True
     return found
 
 
 def _evaluate(
-    wrapped: nn.Module, examples: Examples, max_tokens: int, dtype: torch.dtype, padded: bool
+    wrapped: nn.Module, examples: Examples, deal: Deal, dtype: torch.dtype
 ) -> dict[str, float]:
-    dealt = deal_packs(examples.lengths.tolist(), world_size(), max_tokens, padded=padded)
+    dealt = deal(examples.lengths.tolist())
     sums = torch.zeros(2, dtype=torch.float64)
     for pack in dealt[rank()]:
         found = forward_pack(wrapped, examples, pack or [0], dtype, whole=False).double().cpu()

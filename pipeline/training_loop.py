@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from pipeline import batches, checkpoints
 from pipeline.config_training import TrainConfig
 from pipeline.errors import TrainingError
+from pipeline.forward import longest_together
 from pipeline.parallel import parallel, rank, sum_over_workers, synchronised, world_size
 from pipeline.probe import find_fault
 from pipeline.response_loss import ResponseLoss, evaluate, forward_pack
@@ -92,6 +94,13 @@ def train(
     # The model's own dropout stays off: packed attention has none, and few epochs need none.
     for name, module in model.named_modules():
         module.train(name.endswith("lora_dropout.default"))
+    deal = partial(
+        batches.deal_packs,
+        workers=world,
+        max_tokens=config.max_batch_tokens,
+        padded=padded,
+        longest_together=longest_together(model.config.get_text_config()),
+    )
     wrapped = parallel(ResponseLoss(model, not padded), model, config.gpus_per_replica, dtype)
     optimizer = _optimizer(model, config)
     num_steps = batches.count_steps(len(examples), config)
@@ -102,21 +111,13 @@ def train(
     sets = held_out or {}
     evaluated = np.linspace(0, num_steps, points).round().astype(int).tolist() if sets else []
     if sets and not history:
-        history.append(
-            {
-                "step": 0,
-                "held_out": evaluate(wrapped, sets, config.max_batch_tokens, dtype, padded=padded),
-            }
-        )
+        history.append({"step": 0, "held_out": evaluate(wrapped, sets, deal, dtype)})
     lengths = examples.lengths
     for step in range(start, num_steps):
         begun = time.monotonic()
         torch.manual_seed(config.seed * 1_000_003 + step * world + rank())  # of dropout
         rows = batches.rows_of_step(len(examples), config, step)
-        dealt = batches.deal_packs(
-            lengths[rows].tolist(), world, config.max_batch_tokens, padded=padded
-        )
-        packs = [rows[pack] for pack in dealt[rank()]]
+        packs = [rows[pack] for pack in deal(lengths[rows].tolist())[rank()]]
         num_targets = sum(int(examples.targets[examples.span(r)].sum()) for r in rows)
         loss = _backward(wrapped, examples, packs, rows, world / num_targets, dtype) / world
         rate = batches.learning_rate(config, step, num_steps)
@@ -131,9 +132,7 @@ def train(
         )
         noted: dict[str, Any] = {"step": step + 1, "loss": loss, "grad_norm": norm}
         if step + 1 in evaluated:
-            noted["held_out"] = evaluate(
-                wrapped, sets, config.max_batch_tokens, dtype, padded=padded
-            )
+            noted["held_out"] = evaluate(wrapped, sets, deal, dtype)
         history.append(noted)
         report(done)
         if checkpoints_url and done.step % config.checkpoint_steps == 0 and done.step < num_steps:

@@ -110,6 +110,18 @@ def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
+def longrope(limit: int) -> dict[str, Any]:
+    """Of a tiny Phi3: sequences over so many tokens are turned by other frequencies."""
+    half = 4  # of a head's dimensions
+    return {
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4,
+            "short_factor": [1.0] * half, "long_factor": [9.0] * half,
+        },
+        "original_max_position_embeddings": limit,
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_dir(tmp_path_factory.mktemp("model") / "tiny")

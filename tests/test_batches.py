@@ -43,6 +43,9 @@ def test_deal_packs_by_hand() -> None:
     assert deal_packs([5, 3, 3, 1], 2, 6) == [[[0, 3]], [[1, 2]]]
     assert deal_packs([9, 2, 2], 1, 4) == [[[0], [1, 2]]]  # a long row is a pack of its own
     assert deal_packs([2], 2, 4) == [[[0]], [[]]]
+    assert deal_packs([5, 3, 3, 1], 1, 9, padded=True) == [[[0], [1, 2, 3]]]
+    for padded in (False, True):  # the long row shares no pass
+        assert deal_packs([7, 2, 2], 1, 20, padded=padded, longest_together=6) == [[[0], [1, 2]]]
 
 
 @given(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import REPOSITORY, tiny_model
+from conftest import REPOSITORY, longrope, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
@@ -117,24 +117,19 @@ def test_fused_attention_of_long_sequences_equals_eager() -> None:
             assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["packed", "padded"])
 @pytest.mark.parametrize("share", [(), ("prefixes",)], ids=str)
-def test_longrope_turns_short_sequences_as_if_they_were_alone(share: tuple[Share, ...]) -> None:
+def test_longrope_turns_short_sequences_as_if_they_were_alone(
+    share: tuple[Share, ...], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Transformers takes the frequencies of all from the longest of a pass."""
-    half = 4  # of a head's dimensions
-    rope = {
-        "rope_type": "longrope", "rope_theta": 1e4,
-        "short_factor": [1.0] * half, "long_factor": [9.0] * half,
-    }  # fmt: skip
-    model = tiny_model(
-        "Phi3",
-        rope_parameters=rope,
-        original_max_position_embeddings=32,
-        max_position_embeddings=128,
-    )
+    model = tiny_model("Phi3", max_position_embeddings=128, **longrope(32))
     assert longest_together(model.config) == 32
     sequences = sequences_of([100, 20, 40, 32, 33, 9])
+    if mode == "padded":
+        monkeypatch.setattr("pipeline.engine.find_fault", lambda *_, **__: "of a test")
     engine = Engine(model, share=share)
-    assert engine.mode == "packed"
+    assert engine.mode == mode
     for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
@@ -185,6 +180,22 @@ def test_a_state_that_runs_on_is_noticed_in_half_precision_too(
     half = tiny_model(architecture, **changes).bfloat16()
     assert Engine(half, share=share).mode == "padded"
     assert find_fault(tiny_model(architecture, **changes), dtype=torch.bfloat16)  # in training
+
+
+def test_a_model_that_refuses_packed_attention_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Transformers warns each time, which would be once a pack."""
+    architecture, changes = FAMILIES["gptj-own-attention"]
+    model = tiny_model(architecture, **changes)
+    asked = []
+    ask = model.set_attn_implementation
+    monkeypatch.setattr(
+        model, "set_attn_implementation", lambda name: (asked.append(name), ask(name))
+    )
+    engine = Engine(model, 16)
+    engine.score(sequences_of([10, 12, 14]))
+    assert sorted(asked) == sorted(set(asked))
 
 
 def test_values_may_have_another_width_than_keys() -> None:

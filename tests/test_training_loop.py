@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import on_a_full_disk, tiny_model
+from conftest import longrope, on_a_full_disk, tiny_model
 from safetensors.torch import load_file, save_file
 
 from pipeline.adapters import add_adapters
@@ -116,6 +116,14 @@ def test_training_equals_plain_transformers(family: str, changes: dict[str, Any]
         if name.endswith("c_attn.bias"):
             continue  # a key's bias changes no softmax: its gradient is rounding, which Adam scales
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-2, atol=2e-4)
+
+
+def test_longrope_rows_train_as_if_they_were_alone() -> None:
+    """Transformers takes the frequencies of all from the longest of a pass."""
+    config = CONFIG.model_copy(update={"max_steps": 1, "batch_rows": 12})
+    losses = plain_training(tiny_model("Phi3", **longrope(20)), make_examples(), config)
+    found = run(config, model=tiny_model("Phi3", **longrope(20)))[1]
+    assert [step["loss"] for step in found] == pytest.approx(losses, rel=1e-6)
 
 
 def test_padded_models_train_too(monkeypatch: pytest.MonkeyPatch) -> None:
