@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -36,6 +36,10 @@ class Workers:
     def devices(self) -> float:
         """GPUs they hold, or actors where there are none: what costs money."""
         return self.actors * (self.num_gpus or 1)
+
+    def at_most(self, units: int) -> "Workers":
+        """No more actors than units: each would load a model, on a GPU that costs money."""
+        return replace(self, actors=min(self.actors, units))
 
     def describe(self) -> str:
         """`2 resident models, 1 GPU each`, for the terminal."""

@@ -64,8 +64,10 @@ def fit(plan: Plan, audited: Audit, config: ExperienceConfig) -> tuple[Floats, i
         _take.remote(wanted[i : i + _UNITS_PER_TASK], plan.scores_url)
         for i in range(0, len(wanted), _UNITS_PER_TASK)
     ]
-    # Memory: the pieces, all of them in a row, and what K-means makes of that.
-    task: Any = _fit.options(memory=3 * 4 * width * len(drawn))
+    # Memory: the pieces, all of them in a row, and what K-means makes of that. More than any node
+    # has would be waited for in vain.
+    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    task: Any = _fit.options(memory=min(3 * 4 * width * len(drawn), largest))
     centers: Floats = ray.get(task.remote(config, exact, *pieces))
     return centers, len(drawn)
 

@@ -5,7 +5,9 @@ import difflib
 import pyarrow as pa
 
 from pipeline.budgets import SelectSettings
+from pipeline.config_select import Format
 from pipeline.errors import ConfigError, InputError
+from pipeline.examples import example_keys
 from pipeline.inputs import Corpus, Shard
 from pipeline.schemas import BAD_LINE, SELECTED, SMALLEST_FRACTION
 
@@ -25,11 +27,12 @@ def output_schema(corpus: Corpus, settings: SelectSettings) -> pa.Schema:
     """Columns of the cherry subset: the input's, then those of `added_columns`.
 
     Raises:
-        InputError: As `merged_schema`.
+        InputError: As `merged_schema`; or a column has a name that the format gives to another.
         ConfigError: `group_by` names no column, or one whose values are no names of groups.
     """
     if settings.group_by:
         _check_group_by(settings.group_by, [shard for shard in corpus.shards if shard.num_rows])
+    _refuse_taken(corpus, settings.format)
     return merged_schema(corpus, added_columns(settings))
 
 
@@ -73,6 +76,18 @@ def merged_schema(corpus: Corpus, added: pa.Schema) -> pa.Schema:
     return pa.schema([*merged.items(), *added])
 
 
+def _refuse_taken(corpus: Corpus, form: Format) -> None:
+    taken = set(example_keys(corpus, form))
+    for shard in corpus.shards:
+        own = set(shard.columns.names.values())
+        if clash := [name for name in shard.schema.names if name in taken - own]:
+            raise InputError(
+                f"shard {shard.url}: column '{clash[0]}' is no part of layout "
+                f"{shard.columns.layout}, and select.format: {form} puts something else under this "
+                "name. Rename the column, or set select.format: jsonl."
+            )
+
+
 def _check_group_by(name: str, shards: list[Shard]) -> None:
     columns = dict.fromkeys(column.name for shard in shards for column in shard.schema)
     if name not in columns:
@@ -98,7 +113,7 @@ def _written(kind: pa.DataType) -> pa.DataType:
     """A column's type as it can be put together from many shards.
 
     Dictionaries get codes with room for the values of all of them; views, for which pyarrow lacks
-    `take`, become what they are views of.
+    `take`, become what they are views of; fields inside may be null.
     """
     if pa.types.is_dictionary(kind):
         return pa.dictionary(pa.int32(), _written(kind.value_type), kind.ordered)
@@ -107,12 +122,17 @@ def _written(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_binary_view(kind):
         return pa.large_binary()
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_written(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_written(kind.value_type)))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_written(kind.value_type)))
+        return pa.struct([_written_field(field) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(_written_field(kind.value_field))
+    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(_written_field(kind.value_field))
     return kind
+
+
+def _written_field(field: pa.Field) -> pa.Field:
+    """Never required: a shard may lack the column that it is part of."""
+    return field.with_type(_written(field.type)).with_nullable(True)
 
 
 def _is_any(kind: pa.DataType, tests: tuple[str, ...]) -> bool:
@@ -128,6 +148,6 @@ def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         common = pa.unify_schemas(both, promote_options="permissive").field("column").type
         for kind in (one, other):  # int64 and decimal(20, 2) widen to what no int64 can become
             pa.nulls(1, kind).cast(common)
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
+    except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
     return common

@@ -39,6 +39,16 @@ def message_keys(corpus: Corpus) -> tuple[str, ...]:
     return tuple(key for key in _EXTRA_KEYS if key in found)
 
 
+def example_keys(corpus: Corpus, form: Format) -> tuple[str, ...]:
+    """Keys of a line that are the format's own, whatever the input's columns are."""
+    if form == "messages_jsonl":
+        return ("messages",)
+    if form == "alpaca_jsonl":
+        chats = any(shard.columns.layout in CHATS for shard in corpus.shards)
+        return ("instruction", "input", "output", *(("system", "history") if chats else ()))
+    return ()
+
+
 def to_lines(
     rows: pa.Table,
     others: pa.Table,
@@ -76,6 +86,11 @@ def to_lines(
         raise InputError(
             f"{where[0]} or a row after it: a text is not UTF-8 ({err}), and JSON has no other. "
             "Convert it, or set select.format: parquet."
+        ) from None
+    except OverflowError as err:
+        raise InputError(
+            f"{where[0]} or a row after it: {err}, and JSON takes years up to 9999. Convert it, or "
+            "set select.format: parquet."
         ) from None
 
 

@@ -4,6 +4,7 @@ Nothing is deleted unless asked, nothing younger than a day (another run may be 
 where the listing looks wrong: no input, units still to score, or more than half of the parts.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,9 @@ class Garbage:
         }
 
 
+_PART_NAME = re.compile(r"[0-9a-f]{16}/[0-9a-f]{32}\.parquet")
+
+
 def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     """List what could go, by what the current input does not name.
 
@@ -66,7 +70,8 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     if all_scores:
         folders = [storage.join(output, name) for name in ("scores", "embeddings")]
     listed = [e for f in folders if storage.exists(f) for e in storage.list_objects(f)]
-    parts = [entry for entry in listed if entry.url.endswith(".parquet")]
+    # Whatever else lies there is somebody's.
+    parts = [entry for entry in listed if _PART_NAME.fullmatch(_name_of(entry.url))]
     # By their last two names: s3a:// and s3:// are one bucket.
     named = {_name_of(job.plan.part_url(unit)) for job in jobs for unit in job.plan.units}
     strays = [part for part in parts if _name_of(part.url) not in named]

@@ -87,10 +87,10 @@ def _read_rows(url: str) -> Iterator[_Row]:
         lines = io.BufferedReader(stream, 1 << 20) if compression else stream
         is_array = seen = False
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             if number == 1:
                 line = line.removeprefix(_UTF8_BOM)
+            if not line.strip():
+                continue
             if not seen and line.lstrip()[:1] == b"[":
                 is_array = True
                 rest = lines.read()

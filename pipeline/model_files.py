@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -75,6 +77,7 @@ def local_directory(ref: ModelRef, *, weights: bool = True) -> str:
         weights: False brings only config and tokenizer, where they come apart.
     """
     if ref.kind == "directory":
+        _check_here(ref)
         if weights and (digest := _directory_sha256(ref.path, ref.cache_dir)) != _digest(ref):
             raise ModelError(
                 f"model.path {ref.path}: got sha256:{digest} on this node, expected "
@@ -98,6 +101,14 @@ def description_files(directory: str) -> list[str]:
         for name in sorted(os.listdir(directory))
         if name != _HASHES and any(fnmatch(name, pattern) for pattern in _DESCRIPTION_FILES)
     ]
+
+
+def _check_here(ref: ModelRef) -> None:
+    if not os.path.exists(ref.path):
+        raise ModelError(
+            f"model.path {ref.path}: it is not on node {platform.node()}. Put it there on every "
+            "node, or use a URL."
+        )
 
 
 def _digest(ref: ModelRef) -> str:
@@ -130,14 +141,21 @@ def _file_sha256(path: str, cache_dir: str) -> str:
     with open(path, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     memo.parent.mkdir(parents=True, exist_ok=True)
-    temporary = memo.with_suffix(f".{os.getpid()}.tmp")
+    temporary = memo.with_suffix(f".{uuid.uuid4().hex}.tmp")  # containers may share pids
     temporary.write_text(digest)
     temporary.replace(memo)
     return digest
 
 
+def _files_at(url: str) -> list[storage.ObjectInfo]:
+    """What lies directly under a URL: checkpoints and exports below it are other models."""
+    fs, path = storage.filesystem(url)
+    base = str(fs.unstrip_protocol(path)).rstrip("/")
+    return [e for e in storage.list_objects(url) if e.url.rpartition("/")[0] == base]
+
+
 def _url_fingerprint(url: str) -> str:
-    entries = storage.list_objects(url)
+    entries = _files_at(url)
     names = [entry.url.rpartition("/")[2] for entry in entries]
     if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
         raise ModelError(
@@ -220,6 +238,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _convert_gguf(ref: ModelRef, into: str) -> None:
     """Dequantise to float32 safetensors: a GGUF takes half a minute to load, this 0.1 s."""
+    _check_here(ref)
+    if (digest := _file_sha256(ref.path, ref.cache_dir)) != _digest(ref):
+        raise ModelError(
+            f"model.path {ref.path}: got sha256:{digest} on node {platform.node()}, expected "
+            f"{ref.fingerprint}. Put the same file there on every node, or use a URL."
+        )
     transformers.utils.logging.disable_progress_bar()
     folder, name = os.path.split(ref.path)
     try:
@@ -245,7 +269,7 @@ def _convert_gguf(ref: ModelRef, into: str) -> None:
 def _download(ref: ModelRef, into: str, weights: bool) -> None:
     _check_unchanged(ref)
     fs, _ = storage.filesystem(ref.path)
-    for entry in storage.list_objects(ref.path):
+    for entry in _files_at(ref.path):
         name = entry.url.rpartition("/")[2]
         if not name.endswith(_FETCHED) or (name.endswith(".safetensors") and not weights):
             continue

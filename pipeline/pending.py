@@ -40,7 +40,7 @@ def _score_units(
 ) -> list[UnitDone]:
     if not pending:
         return []
-    workers = cluster.plan_workers(job.config.cluster)
+    workers = cluster.plan_workers(job.config.cluster).at_most(len(pending))
     name = "scoring" if job.settings.measure == "ifd" else "embedding"
     price = job.config.cluster.price_per_gpu_hour
     pace = Pace(name, len(pending), None if price is None else price * workers.devices)

@@ -40,6 +40,7 @@ log = logging.getLogger("cherry")
 
 _PASSES = 2
 _ATTEMPTS_ALONE = 2
+_STARTS = 2
 _SHARE_OF_A_PIECE = 0.1
 """Of the unit's timeout, at least, for any piece of it."""
 
@@ -246,19 +247,22 @@ class _Cell:
         options = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus}
         make: Any = _CellActor  # Ray types a decorated class as the class
         make = make.options(**options, max_restarts=0, max_task_retries=0)
-        actor = self._ward.admit(lambda: make.remote(self._scoring))
-        try:
-            ray.get(actor.ready.remote(), timeout=LOAD_TIMEOUT_S)
-        except RayTaskError as err:
-            raise (err.cause if isinstance(err.cause, CherryError) else err) from None
-        except (RayError, GetTimeoutError) as err:
-            self._ward.discharge(actor)
-            raise ScoringError(
-                f"scoring: no process could be started for unit {self._unit.unit_id} of "
-                f"{self._unit.shard_url}: {describe_cause(err)}. What is scored is kept; run again."
-            ) from err
-        self._actor = actor
-        return actor
+        cause: RayError | None = None
+        for _ in range(_STARTS):
+            actor = self._ward.admit(lambda: make.remote(self._scoring))
+            try:
+                ray.get(actor.ready.remote(), timeout=LOAD_TIMEOUT_S)
+                self._actor = actor
+                return actor
+            except RayTaskError as err:
+                raise (err.cause if isinstance(err.cause, CherryError) else err) from None
+            except (RayError, GetTimeoutError) as err:  # its node may have been taken away
+                self._ward.discharge(actor)
+                cause = err
+        raise ScoringError(
+            f"scoring: no process could be started for unit {self._unit.unit_id} of "
+            f"{self._unit.shard_url}: {describe_cause(cause)}. What is scored is kept; run again."
+        ) from cause
 
     def _give_up(self) -> None:
         if self._actor is not None:

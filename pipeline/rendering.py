@@ -109,7 +109,10 @@ class Renderer:
         self.prefix_ids = prefix_token_ids(self._backend)
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        if template == "chat" and not tokenizer.chat_template:
+        self._chat_template = tokenizer.chat_template
+        if isinstance(self._chat_template, dict):  # several, by name
+            self._chat_template = self._chat_template.get("default")
+        if template == "chat" and not self._chat_template:
             raise ModelError(
                 f"tokenizer of {tokenizer.name_or_path}: it has no chat template, which preset or "
                 "template 'chat' needs. A base model scores best under score.preset: cherry."
@@ -121,7 +124,7 @@ class Renderer:
         if self.template == "chat":
             # Templates print special tokens by name.
             tokens = sorted((k, str(v)) for k, v in self.tokenizer.special_tokens_map.items())
-            return f"{self.tokenizer.chat_template}{tokens}"
+            return f"{self._chat_template}{tokens}"
         template = TEXT_TEMPLATES[self.template]
         return repr(template) + (str(self.tokenizer.eos_token) if template.next_turn else "")
 
@@ -183,7 +186,7 @@ class Renderer:
                     chat,
                     tokenize=False,
                     add_generation_prompt=prompt,
-                    chat_template=_FIXED_DATE + str(self.tokenizer.chat_template),
+                    chat_template=f"{_FIXED_DATE}{self._chat_template}",
                 )
             )
         # What a template does with a chat it was not written for: raise_exception, a missing

@@ -287,7 +287,7 @@ def _chat(turns: list[dict[str, Any]] | None, role_key: str, content_key: str) -
         if turn is None:
             raise MalformedSampleError("null_message")
         name = turn[role_key]
-        if name in _TOOL_CALL_ROLES:
+        if isinstance(name, str) and name in _TOOL_CALL_ROLES:
             raise MalformedSampleError("tool_call")
         role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:

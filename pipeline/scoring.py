@@ -71,7 +71,7 @@ def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
     # Any: Ray types a stage's function without its fn_kwargs.
     tokenise: Any = tokenise_unit
     commit: Any = commit_unit
-    workers = scoring.workers
+    workers = scoring.workers.at_most(len(units))
     options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     with warnings.catch_warnings():
         # Ray 2.64 will want names for max_retries and its like, and has none yet.

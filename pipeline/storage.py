@@ -134,6 +134,10 @@ def list_objects(url: str) -> list[ObjectInfo]:
         else:
             info = fs.info(path)  # isfile and exists would take an error for a no
             found = {path: info} if info["type"] == "file" else fs.find(path, detail=True)
+        for name, info in found.items():
+            if info.get("islink"):  # listed as neither file nor directory
+                with reading(name, "followed"):
+                    found[name] = fs.info(name)
     return sorted(
         (
             ObjectInfo(

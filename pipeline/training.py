@@ -41,7 +41,11 @@ from pipeline.watching import Progress, TrainingMetrics
 log = logging.getLogger("cherry")
 
 _MOST_FAILURES = 3
-"""Times that workers may be lost in a row; each time the newest checkpoint is gone back to."""
+"""Times that workers may be lost; each time the newest checkpoint is gone back to."""
+
+_MOST_STARTS = 30
+"""Times that Ray Train may ask for its workers in vain, a minute each: a spot node is replaced in
+less, and what never comes is not waited for while the other GPUs are paid for."""
 
 
 Load = Callable[[], tuple[pa.Table, int]]
@@ -103,6 +107,7 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
             progress.phase(message)
         elif isinstance(message, StepDone):
             progress.step(message)
+            told = None  # of workers that were replaced since
         else:
             told = message
     said.shutdown()
@@ -110,9 +115,11 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
         if manifests.find(job.url) is None:
             cause = outcome[0] if outcome else None
             raise told or TrainingError(
-                f"training of {job.url}: its workers were lost {_MOST_FAILURES + 1} times. The "
-                f"last cause: {describe_cause(cause)}. Look at the logs of the workers; most often "
-                "the model does not fit the memory. Run again to go on from the newest checkpoint."
+                f"training of {job.url}: its workers were lost {_MOST_FAILURES + 1} times, or did "
+                f"not come in {_MOST_STARTS} minutes (wanted: {trainers.describe()}). The last "
+                f"cause: {describe_cause(cause)}. Look at the logs of the workers; most often the "
+                "model does not fit the memory. Run again to go on from the newest checkpoint, on "
+                "the workers that are there."
             ) from cause
 
 
@@ -120,27 +127,29 @@ def _run(
     jobs: list[TrainJob], trainers: Trainers, said: Queue, outcome: list[BaseException]
 ) -> None:
     """Run Ray Train to its end, and then say so."""
-    with tempfile.TemporaryDirectory(prefix="cherry-train-") as folder:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"jobs": jobs, "said": said},
-            scaling_config=ScalingConfig(
-                num_workers=trainers.workers,
-                use_gpu=trainers.use_gpu,
-                resources_per_worker=trainers.resources,
-            ),
-            run_config=RunConfig(
-                name="cherry",
-                storage_path=folder,  # of Ray's own notes; checkpoints go to the output
-                failure_config=FailureConfig(max_failures=_MOST_FAILURES),
-            ),
-        )
-        try:
-            trainer.fit()
-        except Exception as err:  # noqa: BLE001  # raised by the thread that waits
-            outcome.append(err)
-        finally:
-            said.put(None)
+    try:
+        with tempfile.TemporaryDirectory(prefix="cherry-train-") as folder:
+            TorchTrainer(
+                _worker,
+                train_loop_config={"jobs": jobs, "said": said},
+                scaling_config=ScalingConfig(
+                    num_workers=trainers.workers,
+                    use_gpu=trainers.use_gpu,
+                    resources_per_worker=trainers.resources,
+                ),
+                run_config=RunConfig(
+                    name="cherry",
+                    storage_path=folder,  # of Ray's own notes; checkpoints go to the output
+                    failure_config=FailureConfig(
+                        max_failures=_MOST_FAILURES,
+                        controller_failure_limit=_MOST_STARTS,  # type: ignore[call-arg]  # of v2
+                    ),
+                ),
+            ).fit()
+    except Exception as err:  # noqa: BLE001  # raised by the thread that waits
+        outcome.append(err)
+    finally:
+        said.put(None)
 
 
 def _worker(config: dict[str, Any]) -> None:

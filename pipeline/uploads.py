@@ -13,6 +13,12 @@ from typing import Any
 from pipeline.s3 import WholeS3FileSystem
 from pipeline.storage import changing, filesystem, is_local, reading, remove
 
+_OWN_FOLDERS = {
+    "scores", "cherry", "embeddings", "experience", "models", "comparison", "training", "configs",
+    "ingest", "ledger",
+}  # fmt: skip
+"""Of an output."""
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -64,6 +70,8 @@ def _uploads_under(fs: Any, path: str) -> Iterator[Upload]:
     while True:
         page = fs.call_s3("list_multipart_uploads", **asked)
         for upload in page.get("Uploads", []):
+            if not key and upload["Key"].partition("/")[0] not in _OWN_FOLDERS:
+                continue  # the output is a whole bucket, which others may write to
             url = f"s3://{bucket}/{upload['Key']}"
             yield Upload(url, upload["UploadId"], upload["Initiated"].timestamp())
         if not page.get("IsTruncated"):

@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from pipeline import cluster
-from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
+from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS, Workers
 from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError
 
@@ -18,6 +18,12 @@ def test_threads_of_an_actor_do_not_follow_the_number_of_actors(ray_local: None)
     assert one.num_cpus == 2.01  # a core is left for reading and tokenising
     assert two.num_cpus == 1.005
     assert cluster.plan_workers(ClusterConfig(threads_per_actor=1)).threads == 1
+
+
+def test_no_more_models_are_loaded_than_there_are_units() -> None:
+    workers = Workers(actors=16, num_gpus=1, num_cpus=0, threads=1, grow=True)
+    assert workers.at_most(2) == Workers(actors=2, num_gpus=1, num_cpus=0, threads=1, grow=True)
+    assert workers.at_most(100) == workers
 
 
 @pytest.mark.ray

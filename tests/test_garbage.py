@@ -89,6 +89,16 @@ def age(config: Any) -> None:
         os.utime(path, (then, then))
 
 
+def test_what_is_no_part_stays_whatever_is_asked(config: Any) -> None:
+    """As a corpus that somebody keeps under a folder of the output."""
+    theirs = Path(config.output) / "scores/theirs/shard-0.parquet"
+    write_parquet(theirs, ROWS[:3])
+    age(config)
+    assert str(theirs) not in found(config, "--all")["parts"]
+    found(config, "--all", "--delete", "--force")
+    assert theirs.exists()
+
+
 def test_a_stale_part_is_listed_and_goes_when_asked(config: Any) -> None:
     age(config)
     before = parts(config)

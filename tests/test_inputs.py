@@ -102,6 +102,7 @@ FORMATS = {
     "blank-lines.jsonl": b"\n" + jsonl(A) + b"  \n\n" + jsonl(B),
     "windows.jsonl": jsonl(A, B).replace(b"\n", b"\r\n"),
     "bom.jsonl": b"\xef\xbb\xbf" + jsonl(A, B),
+    "bom-and-blank-line.jsonl": b"\xef\xbb\xbf\r\n" + jsonl(A, B),
     "bom.json": b"\xef\xbb\xbf[\n" + lines(A) + b",\n" + lines(B) + b"]",
 }
 

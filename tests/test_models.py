@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from conftest import REPOSITORY, make_tokenizer, tiny_model
@@ -72,6 +74,37 @@ def test_a_hub_model_is_identified_by_its_resolved_revision(
         )
         said.append(done.stdout.split())
     assert said == [[f"commit:{old}"] * 2, [f"commit:{new}", f"commit:{old}"]]
+
+
+def test_what_lies_below_a_models_url_is_another_model(
+    model_dir: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    fs = fsspec.filesystem("memory")
+    request.addfinalizer(lambda: fs.rm("/models", recursive=True))
+    fs.put(f"{model_dir}/", "/models/right/", recursive=True)
+    whole = model_files.resolve(ModelConfig(path="memory://models/right", cache_dir=str(tmp_path)))
+    for name in ("config.json", "model.safetensors"):
+        fs.pipe_file(f"/models/right/step_500/{name}", b"{}")
+    ref = model_files.resolve(ModelConfig(path="memory://models/right", cache_dir=str(tmp_path)))
+    assert ref.fingerprint == whole.fingerprint
+    found = Path(model_files.local_directory(ref), "model.safetensors")
+    assert found.read_bytes() == (model_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_a_node_without_the_model_is_named(kind: Any, tmp_path: Path) -> None:
+    ref = model_files.ModelRef(str(tmp_path / "absent"), kind, "sha256:00", str(tmp_path))
+    with pytest.raises(ModelError, match=rf"it is not on node {platform.node()}"):
+        model_files.local_directory(ref, weights=False)
+
+
+def test_a_node_with_another_gguf_is_refused(tmp_path: Path) -> None:
+    """Its scores would go under the fingerprint of the right one."""
+    other = tmp_path / "model.gguf"
+    other.write_bytes(b"another model")
+    ref = model_files.ModelRef(str(other), "gguf", "sha256:" + "1" * 64, str(tmp_path))
+    with pytest.raises(ModelError, match=r"got sha256:.* on node .*expected sha256:1111"):
+        model_files.local_directory(ref)
 
 
 def test_a_gated_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,16 @@ def spans(result: RenderedSample, renderer: Renderer) -> list[tuple[str, str]]:
     ]
 
 
+def test_of_several_chat_templates_the_default_is_taken() -> None:
+    named = {"default": CHATML, "tool_use": "no such thing"}
+    expected, _ = render(alpaca("Add.", "Three."), "chat")
+    found, renderer = render(alpaca("Add.", "Three."), "chat", chat_template=named)
+    assert found == expected
+    assert CHATML in renderer.template_text
+    with pytest.raises(ModelError, match="no chat template"):
+        render(alpaca("Add.", "Three."), "chat", chat_template={"tool_use": CHATML})
+
+
 def test_alpaca_prompt_is_the_reference_programs_text() -> None:
     result, renderer = render(alpaca("Add.", "Three.", extra="1 and 2"))
     assert text(renderer, result.input_ids) == (

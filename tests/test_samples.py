@@ -95,6 +95,11 @@ def test_role_names(name: str, role: str) -> None:
     assert [m.role for m in chat(says(name, "x")).messages] == [role]
 
 
+def test_a_role_that_is_no_text_is_malformed() -> None:
+    kind = pa.list_(pa.struct([("role", pa.list_(TEXT)), ("content", TEXT)]))
+    assert chat(says(["user"], "a"), kind=kind) == Sample(malformed="role")
+
+
 @pytest.mark.parametrize("name", ["input", "narrator", "", "User", None])
 def test_unknown_role_is_malformed(name: str | None) -> None:
     sample = chat(says("user", "a"), says(name, "x"), kind=MESSAGES)

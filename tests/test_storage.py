@@ -118,6 +118,20 @@ def test_list_objects_takes_a_file_a_directory_or_a_glob(tmp_path: Path) -> None
     assert listed(tmp_path / "nothing-*") == []
 
 
+def test_local_links_are_the_files_they_lead_to(tmp_path: Path) -> None:
+    """Every file of a Hugging Face snapshot is one."""
+    storage.publish(str(tmp_path / "blobs/1"), b"xyz")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/a.parquet").symlink_to(tmp_path / "blobs/1")
+    for url in (f"{tmp_path}/snapshot", f"{tmp_path}/snapshot/a*", f"{tmp_path}/snapshot/**/a*"):
+        (entry,) = storage.list_objects(url)
+        assert (entry.url, entry.size) == (f"{tmp_path}/snapshot/a.parquet", 3)
+        assert entry.version == storage.list_objects(f"{tmp_path}/snapshot/a.parquet")[0].version
+    (tmp_path / "snapshot/gone.parquet").symlink_to(tmp_path / "blobs/2")
+    with pytest.raises(InputError, match=r"gone\.parquet: there is no such file"):
+        storage.list_objects(f"{tmp_path}/snapshot")
+
+
 def test_a_version_changes_with_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"1")

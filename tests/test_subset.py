@@ -264,6 +264,33 @@ def test_views_are_written_as_what_they_are_views_of(ray_local: None, tmp_path: 
     assert found.select(["instruction", "output"]).to_pydict() == TEXTS
 
 
+@ray
+def test_columns_with_required_fields_are_written(ray_local: None, tmp_path: Path) -> None:
+    """As Spark and Avro write them."""
+    kind = pa.struct([pa.field("source", pa.string(), nullable=False)])
+    table = pa.table({**TEXTS, "meta": pa.array([{"source": "web"}, None], kind)})
+    found = read(select_all(tmp_path, table))
+    assert found["meta"].to_pylist() == [{"source": "web"}, None]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("alpaca_jsonl", "output"), ("alpaca_jsonl", "system"), ("messages_jsonl", "input")],
+)
+def test_a_column_under_a_name_of_the_format_is_refused(
+    tmp_path: Path, form: Any, name: str
+) -> None:
+    """It would stand where a trainer looks for the answer."""
+    corpus = write_and_open(
+        tmp_path / "corpus", pa.table({"messages": CHAT[:1], name: ["not the answer"]})
+    )
+    if form == "messages_jsonl":  # which has no such key
+        assert name in output_schema(corpus, wanted(format=form)).names
+        return
+    with pytest.raises(InputError, match=f"column '{name}' is no part of layout messages"):
+        output_schema(corpus, wanted(format=form))
+
+
 def test_objects_and_text_over_pieces_of_json_do_not_go_together(tmp_path: Path) -> None:
     for name, one, other in (("a", {"x": 1}, "text"), ("b", "text", {"x": 1}), ("c", [1], "text")):
         folder = tmp_path / name / "in"
