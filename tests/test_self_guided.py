@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,13 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import on_a_full_disk, tiny_model, write_parquet
 
-from pipeline import manifests, run, storage
+from pipeline import manifests, run, storage, training
+from pipeline.cluster import Trainers
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError, InputError, ModelError, StorageError, TrainingError
 from pipeline.job import check, plan
 from pipeline.training import publish_model
 from pipeline.training_job import plan_training
 from pipeline.training_loop import StepDone
+from pipeline.watching import Silence
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ConfigFor = Callable[..., Any]
@@ -230,6 +233,18 @@ def test_a_lost_worker_is_made_again(ray_local: None, config_for: ConfigFor, row
     steps = [step.step for step in watch.steps]
     assert len(steps) > 100  # some were done twice,
     assert steps.count(1) == 1  # and not all of them
+
+
+def test_workers_that_never_come_are_not_waited_for(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a spot machine was taken away and none is left: the others cost money."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    monkeypatch.setattr(training, "_MOST_STARTS", 1)
+    absent = Trainers(workers=50, use_gpu=False, resources={"CPU": 1}, threads=1)
+    job: Any = SimpleNamespace(url=str(tmp_path / "models/none"))
+    with pytest.raises(TrainingError, match=r"did not come in 1 minutes \(wanted: 50 workers"):
+        training._fit([job], absent, Silence())
 
 
 def test_bad_input_is_refused_before_anything_is_trained(
