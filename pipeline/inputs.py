@@ -5,6 +5,7 @@ earlier run has seen are not opened again: see footers.py.
 """
 
 import re
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from pipeline.ingest import COMPRESSIONS, SUFFIXES, ingest
 from pipeline.samples import LAYOUT_ORDER, Columns, find_columns
 from pipeline.schemas import BAD_LINE
 from pipeline.storage import ObjectInfo
+
+_INGESTING = threading.Semaphore(2)
+"""Files of JSON that are parsed at once: each takes several times its text in memory."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,8 @@ def _read(source: ObjectInfo, output: str) -> list[Footer] | InputError:
     try:
         if _format(source.url) == "parquet":
             return [footers.read_footer(source.url, source.url)]
-        pieces = ingest(source, output)
+        with _INGESTING:
+            pieces = ingest(source, output)
         return [footers.read_footer(f"{source.url}#{n}", piece) for n, piece in enumerate(pieces)]
     except InputError as err:
         return err
