@@ -11,6 +11,7 @@ from pipeline.devices import to_device
 from pipeline.packing import Pack
 
 _refused: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""Attention that a model was asked for and did not take."""
 
 
 # T=tokens of all sequences, M=hidden size, V=vocabulary, B=sequences, L=longest of them

@@ -80,7 +80,8 @@ def _find_fault(
     try:
         packed = _run_packed(model, [first, *rest], prefixes)
         leak = _leak(packed[1:], _run_packed(model, [other, *rest], prefixes)[1:], common)
-        attention_error = max(map(partial(_attention_error, model), [first, *rest], packed))
+        errors = list(map(partial(_attention_error, model), [first, *rest], packed))
+        attention_error = float(np.max(errors))  # NaN if any is
         logit_error = _logit_error(model, first)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # no fault of the architecture
@@ -111,7 +112,8 @@ def _leak(packed: list[Tensor], changed: list[Tensor], common: int) -> float:
     changes = []
     for one_TM, other_TM in zip(packed, changed, strict=True):
         one_SM, other_SM = one_TM[head].float(), other_TM[head].float()
-        changes.append(((one_SM - other_SM).norm(dim=1) / one_SM.norm(dim=1)).mean())
+        size_S = one_SM.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        changes.append(((one_SM - other_SM).norm(dim=1) / size_S).mean())
     return float(torch.stack(changes).max())
 
 

@@ -233,6 +233,13 @@ def test_padded_batches_stay_within_the_budget_with_their_padding(
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
+def test_a_probe_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN is neither more nor less than what went before it."""
+    errors = iter([0.0, float("nan"), 0.0] * 2)
+    monkeypatch.setattr("pipeline.probe._attention_error", lambda *_: next(errors))
+    assert Engine(tiny_model("Llama")).mode == "padded"
+
+
 def test_memory_that_is_too_small_for_the_probe_is_not_the_architectures_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
