@@ -87,16 +87,16 @@ def reading(url: str, done: str = "read") -> Iterator[None]:
         raise InputError(
             f"{url}: there is no such file, directory or bucket. Check the spelling."
         ) from None
-    except NoCredentialsError:
+    except NoCredentialsError as err:
         raise InputError(
             f"{url}: no credentials were found. Set them in the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)."
-        ) from None
+        ) from err
     except PermissionError as err:
         raise InputError(
             f"{url}: permission denied ({err}). The credentials in the environment may not read "
             "it: check the key, the bucket's policy and AWS_ENDPOINT_URL."
-        ) from None
+        ) from err
     except Exception as err:
         if not _of_storage(err):
             raise
@@ -118,6 +118,22 @@ def _of_storage(err: Exception) -> bool:
     """Whether storage says so: fsspec's backends have errors of their own beside OSError."""
     known = isinstance(err, (OSError, BotoCoreError, ClientError))
     return known or type(err).__module__.partition(".")[0] in _BACKENDS
+
+
+def _of_pyarrow(err: Exception) -> bool:
+    """Its own, of bytes that make no sense, are plain OSErrors without a number."""
+    return type(err) is OSError and err.errno is None
+
+
+def is_outage(err: BaseException) -> bool:
+    """Whether the store is to blame, not what it holds: it does not answer, or forbids the read."""
+    cause: BaseException | None = err
+    while isinstance(cause, Exception):
+        ours = isinstance(cause, FileNotFoundError) or _of_pyarrow(cause)
+        if _of_storage(cause) and not ours:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def list_objects(url: str) -> list[ObjectInfo]:
@@ -210,8 +226,7 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
         try:
             parquet = pq.ParquetFile(handle, pre_buffer=not _local(fs))
         except (ValueError, OSError) as err:
-            # pyarrow's own are plain OSErrors without a number; the others are of the storage.
-            if isinstance(err, OSError) and (type(err) is not OSError or err.errno is not None):
+            if isinstance(err, OSError) and not _of_pyarrow(err):
                 raise
             raise InputError(
                 f"{url}: not a readable Parquet file: {err}. Replace it, or set "

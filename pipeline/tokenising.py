@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import models, reuse, storage
-from pipeline.errors import CherryError, InputError, LostUnitError, ShardError
+from pipeline.errors import CherryError, InputError, LostUnitError, ShardError, StorageError
 from pipeline.rendering import Renderer
 from pipeline.rows import read_rows
 from pipeline.samples import Sample, read_samples, sample_id
@@ -44,10 +44,15 @@ def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
 
     Raises:
         ShardError: The shard cannot be read, or changed since its footer was.
+        StorageError: The store does not give it.
     """
     try:
         samples = list(read_samples(read_rows(unit), unit.columns))
     except (InputError, pa.ArrowException, OSError) as err:
+        if storage.is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
+            raise StorageError(
+                f"shard {unit.shard_url}: {err} What is scored is kept; run again."
+            ) from err
         raise ShardError(f"shard {unit.shard_url}: {err}") from err
     todo = np.ones(len(samples), bool)
     reused = scoring.settings.part_schema.empty_table()

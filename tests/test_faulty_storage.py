@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from conftest import S3
 from fault_proxy import Fault, FaultProxy
 
 from pipeline import rows as rows_module
-from pipeline import s3, storage, uploads
-from pipeline.errors import CherryError, InputError, StorageError
+from pipeline import s3, storage, tokenising, uploads
+from pipeline.errors import CherryError, InputError, ShardError, StorageError
 
 pytestmark = pytest.mark.s3
 
@@ -378,6 +379,31 @@ def test_a_fault_while_reading_is_not_taken_for_a_bad_file(
     proxy.faults = [Fault("error", method="GET")]
     message = failure(InputError, read_parquet, f"{folder}/table.parquet")
     assert "Parquet" not in message
+
+
+def test_a_store_that_is_down_is_told_from_a_shard_that_is_bad(
+    proxy: FaultProxy, store: Any, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `input.on_bad_shard: skip` would leave out good shards."""
+    fill(store, folder)
+    url = f"{folder}/table.parquet"
+    unit: Any = SimpleNamespace(shard_url=url, columns=None)
+    monkeypatch.setattr(tokenising, "read_rows", lambda _: read_parquet(url))
+
+    def prepare() -> None:
+        tokenising.prepare(unit, None)  # type: ignore[arg-type]
+
+    proxy.faults = [Fault("error", method="GET")]
+    with pytest.raises(StorageError, match="run again"):
+        prepare()
+    proxy.faults = []
+    good = parquet_bytes()
+    store.pipe_file(url, good[:4] + b"\xff" * (len(good) // 2) + good[4 + len(good) // 2 :])
+    with pytest.raises(ShardError):
+        prepare()
+    store.rm(url)
+    with pytest.raises(ShardError):
+        prepare()
 
 
 @pytest.mark.parametrize("fault", READ_FAULTS)
