@@ -2,9 +2,9 @@
 
 import logging
 
-from pipeline import accounting, cluster, errors, recovery, reuse
+from pipeline import accounting, cluster, errors, recovery, reuse, tokenising
 from pipeline.job import Job
-from pipeline.parts import UnitDone
+from pipeline.parts import UnitDone, failed
 from pipeline.settings import Scoring
 from pipeline.units import Unit
 from pipeline.watching import Pace, Progress
@@ -28,6 +28,29 @@ def rescore(job: Job, progress: Progress) -> list[UnitDone]:
     with_errors = accounting.audit(there).with_errors()
     units = [unit for unit in there.units if unit.unit_id in with_errors]
     return _score_units(job, units, progress, rescore=True)
+
+
+def left_out(job: Job) -> list[UnitDone]:
+    """Units that have no part because they cannot be read, where bad shards are skipped.
+
+    Raises:
+        InputError: Some have none because nobody scored them yet.
+    """
+    missing = job.plan.pending(job.plan.parts())
+    unreadable = []
+    for unit in missing:
+        try:
+            if job.config.input.on_bad_shard == "skip":
+                tokenising.read(unit)
+        except errors.ShardError as err:
+            unreadable.append(failed(unit, str(err), errors.ShardError.__name__))
+            continue
+        raise errors.InputError(
+            f"{job.plan.scores_url}: {len(missing)} of {len(job.plan.units)} units are not "
+            f"scored yet, in {job.settings.dtype}. Run: cherry score CONFIG; or, where machines of "
+            "another kind scored them, set model.dtype to theirs."
+        )
+    return unreadable
 
 
 def _score_units(

@@ -80,18 +80,23 @@ def experienced_before(checked: Checked) -> Checked:
     config = checked.config
     if config.experience is None:
         return checked
-    embedding = plan(checked, measure="prompt").plan
-    if not embedding.pending(embedding.parts()):
-        audited = accounting.audit(embedding)
-        subset = find_experience(embedding, config.output, config.experience, audited)
-        if subset is not None:
-            trained = manifests.find(_brief_training(checked, subset, config.experience).url)
-            if trained is not None:
-                return with_model(checked, _model_at(trained.url, config))
-    raise NotTrainedError(
+    absent = NotTrainedError(
         f"experience: the model of brief experience is not trained yet under {config.output}. "
         "Run: cherry run CONFIG."
     )
+    job = plan(checked, measure="prompt")
+    try:
+        unreadable = pending.left_out(job)
+    except InputError:  # some prompts have no embedding yet
+        raise absent from None
+    embedding = job.plan.without({unit.unit_id for unit in unreadable})
+    audited = accounting.audit(embedding)
+    subset = find_experience(embedding, config.output, config.experience, audited)
+    if subset is not None:
+        trained = manifests.find(_brief_training(checked, subset, config.experience).url)
+        if trained is not None:
+            return with_model(checked, _model_at(trained.url, config))
+    raise absent
 
 
 def retrain(job: Job, selected: Finished, config: TrainConfig, progress: Progress) -> Finished:

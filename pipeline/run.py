@@ -19,11 +19,12 @@ from pipeline.budgets import SelectSettings
 from pipeline.comparison import Comparison
 from pipeline.config import Config
 from pipeline.config_training import TrainConfig
-from pipeline.errors import ConfigError, InputError, NotTrainedError
+from pipeline.errors import ConfigError, NotTrainedError
 from pipeline.estimate import Estimate
 from pipeline.garbage import Garbage
 from pipeline.job import Checked, Job, check, plan
 from pipeline.manifests import Finished
+from pipeline.parts import UnitDone
 from pipeline.phases import Embedded
 from pipeline.summary import Summary, summarise, warn_over_one
 from pipeline.survey import Survey
@@ -185,21 +186,18 @@ def _score(base: Checked, progress: Progress, retry_errors: bool, begun: float) 
     job = plan(phases.experienced(base, progress, retry_errors=retry_errors))
     done = pending.rescore(job, progress) if retry_errors else []
     done += pending.score(job, progress)
-    finished = job.plan.without({unit.unit_id for unit in done if unit.failure})
-    audited = accounting.audit(finished)
-    return _Scored(job, finished, audited, summarise(job, finished, done, audited, begun))
+    return _audited(job, done, begun)
 
 
 def _scored_before(base: Checked, begun: float) -> _Scored:
     job = plan(phases.experienced_before(base))
-    if missing := job.plan.pending(job.plan.parts()):
-        raise InputError(
-            f"{job.plan.scores_url}: {len(missing)} of {len(job.plan.units)} units are not "
-            f"scored yet, in {job.settings.dtype}. Run: cherry score CONFIG; or, where machines of "
-            "another kind scored them, set model.dtype to theirs."
-        )
-    audited = accounting.audit(job.plan)
-    return _Scored(job, job.plan, audited, summarise(job, job.plan, [], audited, begun))
+    return _audited(job, pending.left_out(job), begun)
+
+
+def _audited(job: Job, done: list[UnitDone], begun: float) -> _Scored:
+    finished = job.plan.without({unit.unit_id for unit in done if unit.failure})
+    audited = accounting.audit(finished)
+    return _Scored(job, finished, audited, summarise(job, finished, done, audited, begun))
 
 
 def _select(scored: _Scored) -> tuple[Finished, Survey | None]:

@@ -35,6 +35,23 @@ def tokenise_unit(batch: pa.Table, scoring: Scoring) -> pa.Table:
     return hand_on(text, tokens, reused)
 
 
+def read(unit: Unit) -> list[Sample]:
+    """The samples of a unit.
+
+    Raises:
+        ShardError: The shard cannot be read, or changed since its footer was.
+        StorageError: The store does not give it.
+    """
+    try:
+        return list(read_samples(read_rows(unit), unit.columns))
+    except (InputError, pa.ArrowException, OSError) as err:
+        if storage.is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
+            raise StorageError(
+                f"shard {unit.shard_url}: {err} What is scored is kept; run again."
+            ) from err
+        raise ShardError(f"shard {unit.shard_url}: {err}") from err
+
+
 def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
     """Read a unit's rows and find out which of them must be scored.
 
@@ -43,17 +60,9 @@ def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
         reused: Rows that have a score already, in the PART schema.
 
     Raises:
-        ShardError: The shard cannot be read, or changed since its footer was.
-        StorageError: The store does not give it.
+        ShardError, StorageError: As `read`.
     """
-    try:
-        samples = list(read_samples(read_rows(unit), unit.columns))
-    except (InputError, pa.ArrowException, OSError) as err:
-        if storage.is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
-            raise StorageError(
-                f"shard {unit.shard_url}: {err} What is scored is kept; run again."
-            ) from err
-        raise ShardError(f"shard {unit.shard_url}: {err}") from err
+    samples = read(unit)
     todo = np.ones(len(samples), bool)
     reused = scoring.settings.part_schema.empty_table()
     if scoring.rescore:

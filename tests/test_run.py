@@ -15,7 +15,7 @@ import yaml
 from conftest import REPOSITORY, ROWS, make_tokenizer, read_parts, write_parquet
 
 from pipeline import recovery, run, scoring
-from pipeline.errors import ShardError
+from pipeline.errors import InputError, ShardError
 from pipeline.schemas import PART
 from pipeline.summary import failed_fraction
 
@@ -201,6 +201,12 @@ def test_a_shard_that_breaks_while_running_is_named_and_the_others_are_kept(
     assert summary.rows == len(ROWS) - 15
     assert "shard-1.parquet" in summary.skipped_shards[0]
     assert summary.selected_rows > 0
+    # No part will ever be there, and selecting again does not wait for one.
+    again = run.select(config_for(corpus, input={"on_bad_shard": "skip"})).summary
+    assert again.skipped_shards == summary.skipped_shards
+    assert again.manifest == summary.manifest
+    with pytest.raises(InputError, match="units are not scored yet"):
+        run.select(config_for(corpus))
 
 
 def test_statuses_add_up_and_unscored_rows_are_never_selected(
