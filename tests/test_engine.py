@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AttentionInterface
 
 from pipeline import projection
 from pipeline.attention import PACKED, UnsupportedAttentionError, packed_attention
-from pipeline.devices import auto_dtype
+from pipeline.devices import auto_batch_tokens, auto_dtype
 from pipeline.engine import Engine, TokenSequence
 from pipeline.forward import longest_together, run_padded
 from pipeline.grouped_attention import _plan_groups
@@ -231,6 +232,22 @@ def test_padded_batches_stay_within_the_budget_with_their_padding(
     assert max(sizes) <= 64
     for sequence, loss in zip(sequences, losses, strict=True):
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+def test_the_pack_of_a_gpu_follows_its_memory_the_dtype_and_the_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = SimpleNamespace(total_memory=16 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+
+    def tokens(dtype: torch.dtype, inner: int | list[int]) -> int:
+        shape = SimpleNamespace(hidden_size=4096, intermediate_size=inner)
+        return auto_batch_tokens(torch.device("cuda"), dtype, shape)
+
+    assert tokens(torch.bfloat16, 11008) == 42 * 1024
+    assert tokens(torch.float32, 11008) == 21 * 1024
+    assert tokens(torch.bfloat16, [8192, 11008]) == 42 * 1024  # Gemma 3n has one a layer
+    assert tokens(torch.bfloat16, 200) == 65536
 
 
 def test_a_probe_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

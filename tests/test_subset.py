@@ -15,7 +15,9 @@ from pipeline import subset
 from pipeline.columns import output_schema
 from pipeline.config import InputConfig
 from pipeline.errors import ConfigError, InputError
+from pipeline.examples import to_lines
 from pipeline.inputs import Corpus, open_corpus
+from pipeline.samples import Columns
 from pipeline.schemas import BAD_LINE, SELECTED
 
 ray = pytest.mark.ray
@@ -289,6 +291,13 @@ def test_a_column_under_a_name_of_the_format_is_refused(
         return
     with pytest.raises(InputError, match=f"column '{name}' is no part of layout messages"):
         output_schema(corpus, wanted(format=form))
+
+
+def test_a_year_that_json_cannot_say_is_named() -> None:
+    far = pa.table({"day": pa.array([10**7], pa.date32())})
+    lines = to_lines(far, far, Columns("alpaca", {}), "jsonl", None, ["shard a, row 0"])
+    with pytest.raises(InputError, match=r"shard a, row 0 .*years up to 9999"):
+        list(lines)
 
 
 def test_objects_and_text_over_pieces_of_json_do_not_go_together(tmp_path: Path) -> None:
