@@ -133,8 +133,8 @@ def find_columns(
         near = difflib.get_close_matches(name, schema.names, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise InputError(
-            f"shard {where}: input.columns.{field} names column '{name}', which is not there "
-            f"(has: {has}).{hint}"
+            f"shard {where}: column '{name}' is missing (has: {has}), which "
+            f"input.columns.{field} names.{hint}"
         )
     if layout == "auto":
         columns = {k: ", ".join(" or ".join(c) for c in v.values()) for k, v in _FIELDS.items()}

@@ -215,7 +215,7 @@ def test_missing_column_of_a_named_layout() -> None:
 def test_a_mapped_column_that_is_not_there_is_named(layout: Any) -> None:
     schema = pa.schema({"instruction": pa.string(), "answer": pa.string()})
     with pytest.raises(
-        InputError, match=r"input\.columns\.response names column 'answr'.*Did you mean 'answer'"
+        InputError, match=r"'answr' is missing .*columns\.response names.* Did you mean 'answer'"
     ):
         find(schema, layout, response="answr")
 
