@@ -169,7 +169,10 @@ def test_the_same_job_is_not_started_twice_at_once(
 def read_until(terminal: int, text: str) -> str:
     said = ""
     while text not in said:
-        said += os.read(terminal, 4096).decode()
+        try:
+            said += os.read(terminal, 4096).decode()
+        except OSError as err:  # whoever wrote is gone
+            raise AssertionError(f"{text!r} is not in {said}") from err
     return said
 
 
