@@ -81,6 +81,8 @@ def _insist(job: Submitted, ask: Callable[[Submitted], T]) -> T:
         try:
             return ask(job)
         except (RuntimeError, OSError, aiohttp.ClientError) as err:  # requests' are OSErrors
+            if _cancelled(err):
+                raise KeyboardInterrupt from None
             if time.monotonic() - begun > BACKOFF_S[-1]:
                 failures = 0  # it had answered in between
             if failures == len(BACKOFF_S):
@@ -91,6 +93,16 @@ def _insist(job: Submitted, ask: Callable[[Submitted], T]) -> T:
                 ) from err
             time.sleep(BACKOFF_S[failures] * random.uniform(0.5, 1.0))
             failures += 1
+
+
+def _cancelled(err: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: a connection that is given up may fail to be closed."""
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, asyncio.CancelledError):
+            return True
+        cause = cause.__context__
+    return False
 
 
 class _Lines:

@@ -1,5 +1,6 @@
 """Jobs that `cherry submit` puts on a real cluster of three raylets, from bucket to bucket."""
 
+import asyncio
 import json
 import os
 import pty
@@ -7,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 from conftest import REPOSITORY, S3, write_parquet
@@ -20,7 +23,7 @@ from hypothesis import strategies as st
 from ray.job_submission import JobStatus, JobSubmissionClient
 from typer.testing import CliRunner
 
-from pipeline import errors, submitting
+from pipeline import errors, following, submitting
 from pipeline.cli import app
 from pipeline.following import _Lines
 
@@ -164,6 +167,31 @@ def test_the_same_job_is_not_started_twice_at_once(
         lambda: (s := client.get_job_status(f"{name}-2")).is_terminal() and s, "its end"
     )
     assert ended == JobStatus.SUCCEEDED
+
+
+def test_ctrl_c_is_heard_where_the_connection_fails_to_close() -> None:
+    statuses = iter([JobStatus.RUNNING, JobStatus.SUCCEEDED])
+
+    class Client:
+        def get_job_info(self, _: str) -> Any:
+            return SimpleNamespace(status=next(statuses))
+
+        def get_job_logs(self, _: str) -> str:
+            return "one\n"
+
+        async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+            yield "one\n"
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                await asyncio.sleep(60)
+            finally:
+                raise aiohttp.ClientConnectionResetError("closing transport")
+
+    job: Any = SimpleNamespace(client=Client(), submission_id="a", address="http://head:8265")
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        following.follow(job, said.append)
+    assert said == ["one"]
 
 
 def read_until(terminal: int, text: str) -> str:
