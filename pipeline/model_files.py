@@ -149,9 +149,9 @@ def _file_sha256(path: str, cache_dir: str) -> str:
 
 def _files_at(url: str) -> list[storage.ObjectInfo]:
     """What lies directly under a URL: checkpoints and exports below it are other models."""
-    fs, path = storage.filesystem(url)
-    base = str(fs.unstrip_protocol(path)).rstrip("/")
-    return [e for e in storage.list_objects(url) if e.url.rpartition("/")[0] == base]
+    base = storage.filesystem(url)[1].rstrip("/")
+    entries = storage.list_objects(url)
+    return [e for e in entries if storage.filesystem(e.url)[1].rpartition("/")[0] == base]
 
 
 def _url_fingerprint(url: str) -> str:
