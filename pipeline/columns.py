@@ -16,6 +16,10 @@ _TEXT = ("is_string", "is_large_string", "is_string_view")
 _BYTES = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
 
 
+_NO_CAST = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError)
+"""How pyarrow says that a type cannot become another. Their base is running out of memory too."""
+
+
 def added_columns(settings: SelectSettings) -> pa.Schema:
     """What a selection says of each row, after the input's own columns."""
     if settings.group_by and len(settings.fractions) > 1:
@@ -67,6 +71,11 @@ def merged_schema(corpus: Corpus, added: pa.Schema) -> pa.Schema:
             if widened is None and first.ingested and shard.ingested:
                 nested = pa.types.is_nested(known) or pa.types.is_nested(kind)
                 widened = None if nested else pa.string()
+            if widened is None and first is shard:
+                raise InputError(
+                    f"column '{column.name}' of shard {shard.url} has type {kind}, which cannot be "
+                    "written together with other shards. Convert it in the input."
+                )
             if widened is None:
                 raise InputError(
                     f"column '{column.name}': {known} in shard {first.url}, {kind} in "
@@ -113,7 +122,8 @@ def _written(kind: pa.DataType) -> pa.DataType:
     """A column's type as it can be put together from many shards.
 
     Dictionaries get codes with room for the values of all of them; views, for which pyarrow lacks
-    `take`, become what they are views of; fields inside may be null.
+    `take`, become what they are views of; fields inside may be null. Views of lists stay, and are
+    refused: pyarrow 26 casts them to lists whose offsets are too few.
     """
     if pa.types.is_dictionary(kind):
         return pa.dictionary(pa.int32(), _written(kind.value_type), kind.ordered)
@@ -123,9 +133,9 @@ def _written(kind: pa.DataType) -> pa.DataType:
         return pa.large_binary()
     if pa.types.is_struct(kind):
         return pa.struct([_written_field(field) for field in kind])
-    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+    if pa.types.is_list(kind):
         return pa.list_(_written_field(kind.value_field))
-    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
+    if pa.types.is_large_list(kind):
         return pa.large_list(_written_field(kind.value_field))
     return kind
 
@@ -148,6 +158,6 @@ def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         common = pa.unify_schemas(both, promote_options="permissive").field("column").type
         for kind in (one, other):  # int64 and decimal(20, 2) widen to what no int64 can become
             pa.nulls(1, kind).cast(common)
-    except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except _NO_CAST:
         return None
     return common

@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.attention import PACKED
 from pipeline.devices import to_device
 from pipeline.packing import Pack
+from pipeline.sharing import TokenIds
 
 _refused: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 """Attention that a model was asked for and did not take."""
@@ -55,10 +56,11 @@ def run_padded(
     return output.logits[mask_BL], output.hidden_states[-1][mask_BL] if hidden else None
 
 
-def run_alone(module: Any, model: Any, ids_T: Tensor) -> Any:
+def run_alone(module: Any, model: Any, ids: TokenIds) -> Any:
     """What a model, or the body of it, gives for one sequence through its own eager attention."""
     _use_attention(model, "eager")
-    return module(input_ids=ids_T.unsqueeze(0).to(model.device), use_cache=False)
+    ids_1T = torch.from_numpy(ids).long().unsqueeze(0).to(model.device)
+    return module(input_ids=ids_1T, use_cache=False)
 
 
 def longest_together(config: Any) -> int:

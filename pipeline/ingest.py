@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.schemas import BAD_LINE
 from pipeline.storage import ObjectInfo
+from pipeline.storage_faults import reading
 
 INGEST_VERSION = 1
 
@@ -82,7 +83,7 @@ def _read_rows(url: str) -> Iterator[_Row]:
     """Rows of a JSONL file line by line, or of a .json file that holds one array."""
     fs, path = storage.filesystem(url)
     compression = next((c for s, c in COMPRESSIONS.items() if url.lower().endswith(s)), None)
-    with storage.reading(url), fs.open(path, "rb") as raw:
+    with reading(url), fs.open(path, "rb") as raw:
         stream = pa.CompressedInputStream(raw, compression) if compression else raw
         lines = io.BufferedReader(stream, 1 << 20) if compression else stream
         is_array = seen = False

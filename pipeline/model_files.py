@@ -27,6 +27,7 @@ from pipeline import storage
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.settings import ModelRef
+from pipeline.storage_faults import reading
 
 log = logging.getLogger("cherry")
 
@@ -274,7 +275,7 @@ def _download(ref: ModelRef, into: str, weights: bool) -> None:
         if not name.endswith(_FETCHED) or (name.endswith(".safetensors") and not weights):
             continue
         target = os.path.join(into, name)
-        with storage.reading(entry.url):
+        with reading(entry.url):
             fs.get_file(entry.url, target)
         if os.path.getsize(target) != entry.size:
             raise ModelError(

@@ -80,9 +80,12 @@ def _find_fault(
     try:
         packed = _run_packed(model, [first, *rest], prefixes)
         leak = _leak(packed[1:], _run_packed(model, [other, *rest], prefixes)[1:], common)
-        errors = list(map(partial(_attention_error, model), [first, *rest], packed))
+        projection = Projection(model)
+        alone = [run_alone(model.base_model, model, ids) for ids in (first, *rest)]
+        own = [output.last_hidden_state[0] for output in alone]
+        errors = list(map(partial(_attention_error, projection), [first, *rest], own, packed))
         attention_error = float(np.max(errors))  # NaN if any is
-        logit_error = _logit_error(model, first)
+        logit_error = _logit_error(projection, own[0], run_alone(model, model, first).logits[0])
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # no fault of the architecture
     except (RuntimeError, TypeError, ValueError, AttributeError) as err:
@@ -117,23 +120,20 @@ def _leak(packed: list[Tensor], changed: list[Tensor], common: int) -> float:
     return float(torch.stack(changes).max())
 
 
-def _attention_error(model: Any, ids: TokenIds, packed_TM: Tensor) -> float:
-    """Mean error of packed attention at the end of a probe, in nats."""
-    projection = Projection(model)
-    ids_T = torch.from_numpy(ids).long()
-    own_TM = run_alone(model.base_model, model, ids_T).last_hidden_state[0]
-    targets_S = ids_T[1:][-_PROBE_TAIL:].to(model.device)
+def _attention_error(
+    projection: Projection, ids: TokenIds, own_TM: Tensor, packed_TM: Tensor
+) -> float:
+    """Mean difference of packed and own attention at the end of a probe, in nats."""
+    targets_S = torch.from_numpy(ids[1:][-_PROBE_TAIL:]).long()
     tail = slice(-1 - len(targets_S), -1)  # the states that predict the targets
-    own_S = projection.nll(own_TM[tail], targets_S)
-    return float((projection.nll(packed_TM[tail], targets_S) - own_S).abs().mean())
+    own_S, packed_S = (projection.nll(x_TM[tail], targets_S) for x_TM in (own_TM, packed_TM))
+    return float((packed_S - own_S).abs().mean())
 
 
-def _logit_error(model: Any, ids: TokenIds) -> float:
+def _logit_error(projection: Projection, own_TM: Tensor, own_TV: Tensor) -> float:
     """Largest relative error of a logit of a short probe, all of whose logits exist at once."""
-    ids_T = torch.from_numpy(ids).long()
-    own_TM = run_alone(model.base_model, model, ids_T).last_hidden_state[0]
-    ours_TV = torch.cat([logits for _, logits in Projection(model).chunks(own_TM)], dim=1)
-    own_TV = run_alone(model, model, ids_T).logits[0].float().to(ours_TV.device)
+    ours_TV = torch.cat([logits for _, logits in projection.chunks(own_TM)], dim=1)
+    own_TV = own_TV.float().to(ours_TV.device)
     return float(((ours_TV - own_TV).abs() / (1 + own_TV.abs())).max())
 
 

@@ -25,6 +25,7 @@ _TOKENS_PROJECTED = 1024
 """Tokens that meet the vocabulary at once: 1,024 x 128,000 logits are half a gigabyte."""
 
 Deal = Callable[[Sequence[int]], list[list[list[int]]]]
+"""From lengths of rows to the packs of each worker, as `batches.deal_packs`."""
 
 
 class ResponseLoss(nn.Module):

@@ -211,23 +211,6 @@ def says_exists(err: BaseException) -> bool:
     return isinstance(err, FileExistsError) or code_of(err) in _PRECONDITION
 
 
-def why(err: BaseException) -> str:
-    """` after 6 attempts: SlowDown: Please reduce your request rate.`, as far as it is known."""
-    said, attempts = str(err), 0
-    cause: BaseException | None = err
-    while cause is not None:
-        attempts = attempts or getattr(cause, "attempts", 0)
-        if isinstance(cause, ClientError):
-            answer = cause.response
-            said = "{Code}: {Message}".format_map({"Message": "", **answer.get("Error", {})})
-            retries = answer.get("ResponseMetadata", {}).get("RetryAttempts", 0)
-            attempts = attempts or retries + 1
-        cause = cause.__cause__
-    if not attempts:
-        return f": {said}"
-    return f" after {attempts} attempt{'s' if attempts > 1 else ''}: {said}"
-
-
 def _note(attempts: int, caught_exception: Any = None, **_: Any) -> None:
     if caught_exception is not None:
         caught_exception.attempts = attempts

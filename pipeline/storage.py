@@ -25,14 +25,13 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.atomic import Write, link_file, replace_file
-from pipeline.errors import InputError, StorageError
-from pipeline.s3 import WholeS3FileSystem, says_exists, why
+from pipeline.errors import InputError
+from pipeline.s3 import WholeS3FileSystem, says_exists
+from pipeline.storage_faults import changing, no_parquet, reading
 
-_BACKENDS = {"adlfs", "aiohttp", "azure", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub"}
 _READERS = 8
 """Objects that are read at a time by one process."""
 
@@ -78,64 +77,6 @@ def absolute(url: str) -> str:
     return os.path.normpath(path) if isinstance(fs, LocalFileSystem) else url.rstrip("/")
 
 
-@contextmanager
-def reading(url: str, done: str = "read") -> Iterator[None]:
-    """Turn what storage says into errors that name the object and the fix."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise InputError(
-            f"{url}: there is no such file, directory or bucket. Check the spelling."
-        ) from None
-    except NoCredentialsError as err:
-        raise InputError(
-            f"{url}: no credentials were found. Set them in the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)."
-        ) from err
-    except PermissionError as err:
-        raise InputError(
-            f"{url}: permission denied ({err}). The credentials in the environment may not read "
-            "it: check the key, the bucket's policy and AWS_ENDPOINT_URL."
-        ) from err
-    except Exception as err:
-        if not _of_storage(err):
-            raise
-        raise InputError(f"{url}: cannot be {done}{why(err)}") from err
-
-
-@contextmanager
-def changing(url: str, what: str) -> Iterator[None]:
-    """Turn what storage says of a write into StorageError, which names the object."""
-    try:
-        yield
-    except Exception as err:
-        if not _of_storage(err):
-            raise
-        raise StorageError(f"{url}: {what}{why(err)}") from err
-
-
-def _of_storage(err: Exception) -> bool:
-    """Whether storage says so: fsspec's backends have errors of their own beside OSError."""
-    known = isinstance(err, (OSError, BotoCoreError, ClientError))
-    return known or type(err).__module__.partition(".")[0] in _BACKENDS
-
-
-def _of_pyarrow(err: Exception) -> bool:
-    """Its own, of bytes that make no sense, are plain OSErrors without a number."""
-    return type(err) is OSError and err.errno is None
-
-
-def is_outage(err: BaseException) -> bool:
-    """Whether the store is to blame, not what it holds: it does not answer, or forbids the read."""
-    cause: BaseException | None = err
-    while isinstance(cause, Exception):
-        ours = isinstance(cause, FileNotFoundError) or _of_pyarrow(cause)
-        if _of_storage(cause) and not ours:
-            return True
-        cause = cause.__cause__
-    return False
-
-
 def list_objects(url: str) -> list[ObjectInfo]:
     """All files under a directory, matched by a glob, or the one file named; sorted by URL.
 
@@ -145,7 +86,7 @@ def list_objects(url: str) -> list[ObjectInfo]:
     fs, path = filesystem(url)
     with reading(url, "listed"):
         fs.invalidate_cache()
-        if _is_glob(path):
+        if any(sign in path for sign in "*?["):
             found = fs.glob(path, detail=True)
         else:
             info = fs.info(path)  # isfile and exists would take an error for a no
@@ -226,7 +167,7 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
         try:
             parquet = pq.ParquetFile(handle, pre_buffer=not _local(fs))
         except (ValueError, OSError) as err:
-            if isinstance(err, OSError) and not _of_pyarrow(err):
+            if not no_parquet(err):
                 raise
             raise InputError(
                 f"{url}: not a readable Parquet file: {err}. Replace it, or set "
@@ -356,7 +297,3 @@ def _modified(info: dict[str, Any]) -> float:
 
 def _local(fs: Any) -> bool:
     return isinstance(fs, LocalFileSystem)
-
-
-def _is_glob(path: str) -> bool:
-    return any(sign in path for sign in "*?[")

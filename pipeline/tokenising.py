@@ -18,6 +18,7 @@ from pipeline.rows import read_rows
 from pipeline.samples import Sample, read_samples, sample_id
 from pipeline.schemas import PART, TOKENS, hand_on
 from pipeline.settings import Scoring, ScoringSettings
+from pipeline.storage_faults import is_outage
 from pipeline.units import Unit
 
 
@@ -45,7 +46,7 @@ def read(unit: Unit) -> list[Sample]:
     try:
         return list(read_samples(read_rows(unit), unit.columns))
     except (InputError, pa.ArrowException, OSError) as err:
-        if storage.is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
+        if is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
             raise StorageError(
                 f"shard {unit.shard_url}: {err} What is scored is kept; run again."
             ) from err

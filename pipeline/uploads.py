@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.s3 import WholeS3FileSystem
-from pipeline.storage import changing, filesystem, is_local, reading, remove
+from pipeline.storage import filesystem, is_local, remove
+from pipeline.storage_faults import changing, reading
 
 _OWN_FOLDERS = {
     "scores", "cherry", "embeddings", "experience", "models", "comparison", "training", "configs",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from pipeline import projection
+from pipeline import probe, projection
 from pipeline.attention import PACKED, UnsupportedAttentionError, packed_attention
 from pipeline.devices import auto_batch_tokens, auto_dtype
 from pipeline.engine import Engine, TokenSequence
@@ -197,6 +197,26 @@ def test_a_model_that_refuses_packed_attention_is_asked_once(
     engine = Engine(model, 16)
     engine.score(sequences_of([10, 12, 14]))
     assert sorted(asked) == sorted(set(asked))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE])
+def test_what_leaks_lies_far_from_the_tolerance(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures at the tolerances in probe.py."""
+    leaks = []
+    leak = probe._leak
+    monkeypatch.setattr(probe, "_leak", lambda *states: leaks.append(leak(*states)) or leaks[-1])
+    architecture, changes = {**FAMILIES, **UNPACKABLE}[family]
+    for dtype in (torch.float32, torch.bfloat16):
+        for sharing in (False, True):
+            model = tiny_model(architecture, **changes).to(dtype)
+            find_fault(model, sharing=sharing)
+    if family in FAMILIES:
+        assert set(leaks) <= {0.0}
+    else:
+        assert len(leaks) == 4
+        assert 0.2 < min(leaks) < max(leaks) < 1.5
 
 
 def test_values_may_have_another_width_than_keys() -> None:

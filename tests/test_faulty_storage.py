@@ -24,7 +24,7 @@ from conftest import S3
 from fault_proxy import Fault, FaultProxy
 
 from pipeline import rows as rows_module
-from pipeline import s3, storage, tokenising, uploads
+from pipeline import s3, storage, storage_faults, tokenising, uploads
 from pipeline.errors import CherryError, InputError, ShardError, StorageError
 
 pytestmark = pytest.mark.s3
@@ -418,7 +418,7 @@ def test_a_file_is_fetched_whole(
     fs.get_file(path, str(tmp_path / "a"))
     assert (tmp_path / "a").read_bytes() == DATA
     proxy.faults = [Fault(**READ_FAULTS[fault], method="GET")]
-    with pytest.raises(InputError), storage.reading(path):
+    with pytest.raises(InputError), storage_faults.reading(path):
         fs.get_file(path, str(tmp_path / "b"))
 
 

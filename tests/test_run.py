@@ -209,6 +209,21 @@ def test_a_shard_that_breaks_while_running_is_named_and_the_others_are_kept(
         run.select(config_for(corpus))
 
 
+def test_one_unit_loads_one_model(
+    ray_local: None, config_for: ConfigFor, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    pool = scoring.ActorPoolStrategy
+
+    def noted(**options: Any) -> Any:
+        asked.append(options)
+        return pool(**options)
+
+    monkeypatch.setattr(scoring, "ActorPoolStrategy", noted)
+    run.score(config_for(corpus / "shard-0.parquet", cluster={"actors": 2}))
+    assert [(each["min_size"], each["max_size"]) for each in asked] == [(1, 1)]
+
+
 def test_statuses_add_up_and_unscored_rows_are_never_selected(
     ray_local: None, config_for: ConfigFor, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, S3
 
-from pipeline import storage
+from pipeline import storage, storage_faults
 from pipeline.errors import InputError, StorageError
 
 NUM_WRITERS = 16
@@ -174,13 +174,13 @@ def test_errors_of_any_backend_are_storages_and_no_others() -> None:
     HttpError.__module__ = "gcsfs.retry"
     with (
         pytest.raises(InputError, match="gs://b/a: cannot be read: 401"),
-        storage.reading("gs://b/a"),
+        storage_faults.reading("gs://b/a"),
     ):
         raise HttpError("401")
     with pytest.raises(StorageError, match="gs://b/a: not written: 401"):
-        with storage.changing("gs://b/a", "not written"):
+        with storage_faults.changing("gs://b/a", "not written"):
             raise HttpError("401")
-    with pytest.raises(TypeError), storage.reading("gs://b/a"):
+    with pytest.raises(TypeError), storage_faults.reading("gs://b/a"):
         raise TypeError("a mistake of ours")
 
 

@@ -267,12 +267,19 @@ def test_views_are_written_as_what_they_are_views_of(ray_local: None, tmp_path: 
 
 
 @ray
-def test_columns_with_required_fields_are_written(ray_local: None, tmp_path: Path) -> None:
+def test_required_fields_are_written(ray_local: None, tmp_path: Path) -> None:
     """As Spark and Avro write them."""
     kind = pa.struct([pa.field("source", pa.string(), nullable=False)])
     table = pa.table({**TEXTS, "meta": pa.array([{"source": "web"}, None], kind)})
     found = read(select_all(tmp_path, table))
     assert found["meta"].to_pylist() == [{"source": "web"}, None]
+
+
+def test_a_type_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    tags = pa.array([["x", "y"], None], pa.list_view(pa.string()))
+    corpus = write_and_open(tmp_path / "corpus", pa.table({**TEXTS, "tags": tags}))
+    with pytest.raises(InputError, match=r"column 'tags' of shard .* has type list_view"):
+        output_schema(corpus, wanted())
 
 
 @pytest.mark.parametrize(
