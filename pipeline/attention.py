@@ -1,7 +1,7 @@
 """Attention over packs: sequences end to end, each attending to itself only.
 
-Plugged into transformers through its attention and mask registries, so that any architecture that
-asks those for its attention can be scored without padding::
+Plugged into transformers through its registry of attention, so that any architecture that asks it
+for its attention can be scored without padding::
 
     pack        [p p|a a a|b b|c c c c]   a and b begin with p
     attention    causal, within p, p and a, p and b, c
@@ -10,17 +10,23 @@ What a layer asks for (scale, sliding window, soft-cap, sinks, grouped heads) is
 not known here is refused with UnsupportedAttentionError, never ignored.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from pipeline.grouped_attention import Asked, grouped_attention
 from pipeline.packing import Pack
 
 PACKED = "cherry_packed"
+
+# Keys that serve several heads: since PyTorch 2.12 they must be asked for, 2.11 just takes them.
+_SHARED_KEYS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 # Arguments that models hand through and that change nothing here: no cache, no dropout, positions
 # already applied, and the pack's boundaries say where sequences end.
@@ -47,7 +53,9 @@ class UnsupportedAttentionError(ValueError):
     """A layer asks for something that packed attention does not do."""
 
 
+# Compiled layers break here and go on behind it (compiled.py): a pack is no tensor.
 # H=heads, K=key/value heads, T=tokens of the pack, D=head dimension
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query_1HTD: Tensor,
@@ -131,15 +139,12 @@ def _varlen(
         tensors.longest_key,
         scale=asked.scale,
         window_size=window,
-        enable_gqa=len(query_HTD) != len(key_KTD),
+        **_SHARED_KEYS,
     )
     assert isinstance(output_THD, Tensor)
     return output_THD
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Boundaries travel as `cherry_pack`; a mask of the whole pack is never built."""
-
-
+# Without a function for masks, transformers makes none and does not look at the positions for one,
+# which would wait for the GPU in every pass. Boundaries travel as `cherry_pack`.
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, _no_mask)

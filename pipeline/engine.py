@@ -16,6 +16,7 @@ architecture that disagrees is scored in padded batches through its own attentio
 
 import itertools
 import logging
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.compiled import compile_layers, run_as_written
 from pipeline.devices import auto_batch_tokens, from_device, mark, to_device
 from pipeline.forward import hidden_packed, longest_together, run_padded
 from pipeline.packing import Laid, costs, lay_out, plan_packs, plan_padded
@@ -34,6 +36,14 @@ from pipeline.projection import Projection
 from pipeline.sharing import SHARES, Prefix, Share, TokenIds, find_equal, find_prefixes
 
 log = logging.getLogger("cherry")
+
+_PASSES_AHEAD = 4
+"""Passes that a GPU is given before the first is waited for. Each keeps its losses only: what a
+pass needs besides is free for the next one, in the order of the device's stream."""
+
+_PART_TOKENS = 1 << 19
+"""Tokens for which prefixes and packs are planned at once: a fraction of a second of a GPU's work,
+which waits while the first of them are planned, and not for those that follow."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class Engine:
         max_batch_tokens: int | Literal["auto"] = "auto",
         max_length: int | None = None,
         share: Collection[Share] = SHARES,
+        compiled: bool = True,
     ) -> None:
         """Take a loaded model in its final dtype and device, and probe it.
 
@@ -90,6 +101,7 @@ class Engine:
             max_batch_tokens: Budget of a pack.
             max_length: Longest sequence that will come, in tokens; None is the model's positions.
             share: Work to do once for several; scores agree within rounding.
+            compiled: Fuse what is not matrix product, where the device gains by it and can.
         """
         self.model = model.eval()
         self.device = next(model.parameters()).device
@@ -102,21 +114,43 @@ class Engine:
         self._longest_together = longest_together(config)
         self._vocab_size = int(config.vocab_size)
         self._num_embeddings = int(model.get_input_embeddings().num_embeddings)
-        self._projection = Projection(model)
         self.mode: Literal["packed", "padded"] = "packed"
         self.share = set(share)
-        name = type(model).__name__
-        if "prefixes" in share and (fault := find_fault(model, max_length, sharing=True)):
-            log.warning("%s: %s; prefixes are not shared", name, fault)
-            self.share.discard("prefixes")
-        if "prefixes" not in self.share and (fault := find_fault(model, max_length)):
-            log.warning(
-                "%s: %s; scoring in padded batches through its own attention instead, which is "
-                "slower",
-                name,
-                fault,
+        self.compiled = compiled and compile_layers(model)
+        self._probe(max_length)
+        self._projection = Projection(model, self.compiled)
+
+    def _probe(self, max_length: int | None) -> None:
+        """Take packs, shared prefixes and compiled layers, or what of them the model can have."""
+        sharing, compiled = wanted = "prefixes" in self.share, self.compiled
+        attempts = sorted(set(itertools.product((sharing, False), (compiled, False))), reverse=True)
+        why = ""
+        for sharing, compiled in attempts:
+            if self.compiled and not compiled:
+                run_as_written(self.model)
+            elif compiled and not self.compiled:
+                compile_layers(self.model)
+            self.compiled = compiled
+            fault = find_fault(self.model, max_length, sharing=sharing, compiled=compiled)
+            if fault is None:
+                break
+            why = fault
+        given_up = [
+            what
+            for what, before, now in zip(
+                ("prefixes are not shared", "layers run uncompiled"), wanted, (sharing, compiled),
+                strict=True,
             )
+            if before and not now
+        ]  # fmt: skip
+        if fault:
             self.mode = "padded"
+            given_up = ["scoring in padded batches through its own attention instead"]
+        if given_up:
+            name = type(self.model).__name__
+            log.warning("%s: %s; %s, which is slower", name, why, " and ".join(given_up))
+        if not sharing:
+            self.share.discard("prefixes")
 
     @torch.inference_mode()
     def score(
@@ -149,20 +183,23 @@ class Engine:
             same_as = find_equal([s.input_ids for s in sequences], [s.spans for s in sequences])
         known = []
         for index in sorted(set(same_as)):
-            if np.max(sequences[index].input_ids, initial=0) < self._num_embeddings:
+            if sequences[index].input_ids.max(initial=0) < self._num_embeddings:
                 known.append(index)
             else:
                 results[index] = SequenceLoss(error="UnknownToken")
-        # The device is at a pass while the losses of the one before are added up.
-        for pack, running in _one_ahead(self._passes([sequences[i] for i in known], hidden)):
-            for at, loss in zip(pack, _finish(running), strict=True):
-                results[known[at]] = loss
+        parts = _split(known, [len(sequences[i].input_ids) for i in known])
+        passes = itertools.chain.from_iterable(
+            self._passes(part, [sequences[i] for i in part], hidden) for part in parts
+        )
+        # The device is at passes while more are laid out and those before are added up.
+        for pack, running in _ahead(passes):
+            results.update(zip(pack, _finish(running), strict=True))
         return [results[index] for index in same_as]
 
     def _passes(
-        self, sequences: list[TokenSequence], hidden: bool
+        self, names: list[int], sequences: list[TokenSequence], hidden: bool
     ) -> Iterator[tuple[list[int], _Running]]:
-        """Start one pass after the other; yields the indices of its sequences with each."""
+        """Start one pass after the other; yields the names of its sequences with each."""
         ids = [sequence.input_ids for sequence in sequences]
         prefixes: list[Prefix | None] = [None] * len(ids)
         if "prefixes" in self.share:
@@ -173,7 +210,7 @@ class Engine:
             chosen = [sequences[i] for i in pack]
             try:
                 laid = lay_out([ids[i] for i in pack], [prefixes[i] for i in pack])
-                yield pack, self._start(laid, chosen, hidden)
+                yield [names[i] for i in pack], self._start(laid, chosen, hidden)
                 continue
             except torch.AcceleratorError:
                 raise
@@ -192,7 +229,7 @@ class Engine:
                 )
             if len(pack) == 1:
                 log.warning("a sequence of %d tokens failed: %s", len(ids[pack[0]]), message)
-                yield pack, _Running(chosen, error=failure)
+                yield [names[pack[0]]], _Running(chosen, error=failure)
             else:
                 middle = len(pack) // 2
                 packs += [pack[middle:], pack[:middle]]
@@ -255,9 +292,11 @@ def _finish(running: _Running) -> list[SequenceLoss]:
         if event:
             event.synchronize()
     counts = [end - start for sequence in running.sequences for start, end in sequence.spans]
-    # float64 sums: a span's sum does not depend on its neighbours.
-    nll_S = running.nll_S.double()[torch.from_numpy(running.of_each)]
-    sums = iter([float(nll.sum()) for nll in nll_S.split(counts)])
+    sums = iter(())
+    if counts:
+        # float64 sums: a span's sum does not depend on its neighbours.
+        nll_S = running.nll_S.numpy().astype(np.float64)[running.of_each]
+        sums = iter(np.add.reduceat(nll_S, np.cumsum([0, *counts[:-1]])).tolist())
     means = running.mean_BM.numpy() if running.mean_BM is not None else None
     return [
         SequenceLoss(
@@ -271,10 +310,21 @@ def _finish(running: _Running) -> list[SequenceLoss]:
 T = TypeVar("T")
 
 
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each handed over when the next one is made."""
-    waiting = list(itertools.islice(items, 1))
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each handed over when some more are made."""
+    waiting = deque(itertools.islice(items, _PASSES_AHEAD))
     for item in items:
-        yield waiting.pop()
+        yield waiting.popleft()
         waiting.append(item)
     yield from waiting
+
+
+def _split(items: list[T], sizes: list[int]) -> Iterator[list[T]]:
+    """Neighbours together whose sizes are `_PART_TOKENS` or a little more."""
+    ends = np.cumsum(sizes)
+    begin = 0
+    while begin < len(items):
+        before = ends[begin - 1] if begin else 0
+        end = int(np.searchsorted(ends, before + _PART_TOKENS)) + 1
+        yield items[begin:end]
+        begin = end

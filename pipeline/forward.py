@@ -57,10 +57,14 @@ def run_padded(
 
 
 def run_alone(module: Any, model: Any, ids: TokenIds) -> Any:
-    """What a model, or the body of it, gives for one sequence through its own eager attention."""
+    """What a model, or the body of it, gives for one sequence through its own eager attention.
+
+    Never compiled: it is what the engine is compared with.
+    """
     _use_attention(model, "eager")
     ids_1T = torch.from_numpy(ids).long().unsqueeze(0).to(model.device)
-    return module(input_ids=ids_1T, use_cache=False)
+    with torch.compiler.set_stance("force_eager"):
+        return module(input_ids=ids_1T, use_cache=False)
 
 
 def longest_together(config: Any) -> int:

@@ -95,6 +95,7 @@ def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
         dtype=_dtype(config),
         max_batch_tokens=config.score.max_batch_tokens,
         share=config.score.share,
+        compiled=config.score.compile,
         measure=measure,
     )
     score_fp = settings.fingerprint(

@@ -27,9 +27,9 @@ _KEY_COST = 8
 their keys and values are copied to each, all other activations exist once."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # frozen, PyTorch 2.11 compiled layers anew for each pack
 class Pack:
-    """Stretches of tokens that lie end to end in one forward pass."""
+    """Stretches of tokens that lie end to end in one forward pass; never changed."""
 
     lengths: tuple[int, ...]
     """Tokens of each stretch."""

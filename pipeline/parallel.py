@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.compiled import repeated_layers
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
@@ -70,16 +71,10 @@ def parallel(module: nn.Module, model: Any, per_replica: int, dtype: torch.dtype
     mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("replica", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     used = mesh if shape[0] > 1 else mesh["shard"]
-    for block in _blocks(model):
-        fully_shard(block, mesh=used, mp_policy=policy)
+    for layer in repeated_layers(model):  # gathered and freed one at a time
+        fully_shard(layer, mesh=used, mp_policy=policy)
     fully_shard(module, mesh=used, mp_policy=policy)  # in place
     return module
-
-
-def _blocks(model: Any) -> list[nn.Module]:
-    """The repeated layers of a model: what is gathered and freed at a time."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [m for m in model.modules() if type(m).__name__ in names]
 
 
 def synchronised(wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:

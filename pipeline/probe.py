@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.forward import hidden_packed, run_alone
@@ -28,6 +29,7 @@ from pipeline.sharing import Prefix, TokenIds
 # experts may round otherwise; a convolution or recurrent state that runs on gives 0.2 to 1.4.
 _ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
 _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+_LOSS_TOLERANCE = 1e-4  # float32 everywhere
 _LEAK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 _PROBE_LENGTHS = (33, 64, 47)
@@ -44,6 +46,7 @@ def find_fault(
     dtype: torch.dtype | None = None,
     *,
     sharing: bool = False,
+    compiled: bool = False,
 ) -> str | None:
     """Say what of a model differs in packs beyond rounding; None if nothing does.
 
@@ -52,16 +55,17 @@ def find_fault(
         max_length: Longest sequence that will come, in tokens; None is the model's positions.
         dtype: Of matrix products, where weights have another one; None is the weights' own.
         sharing: Whether sequences of a pack may begin with the same tokens, computed once.
+        compiled: Whether kernels are compiled (compiled.py).
     """
     own = next(model.parameters()).dtype
     if dtype is None or dtype == own:
-        return _find_fault(model, max_length, own, sharing)
+        return _find_fault(model, max_length, own, sharing, compiled)
     with torch.autocast(model.device.type, dtype):
-        return _find_fault(model, max_length, dtype, sharing)
+        return _find_fault(model, max_length, dtype, sharing, compiled)
 
 
 def _find_fault(
-    model: Any, max_length: int | None, dtype: torch.dtype, sharing: bool
+    model: Any, max_length: int | None, dtype: torch.dtype, sharing: bool, compiled: bool
 ) -> str | None:
     config = model.config.get_text_config()
     positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
@@ -80,12 +84,14 @@ def _find_fault(
     try:
         packed = _run_packed(model, [first, *rest], prefixes)
         leak = _leak(packed[1:], _run_packed(model, [other, *rest], prefixes)[1:], common)
-        projection = Projection(model)
+        projection = Projection(model, compiled)
         alone = [run_alone(model.base_model, model, ids) for ids in (first, *rest)]
         own = [output.last_hidden_state[0] for output in alone]
         errors = list(map(partial(_attention_error, projection), [first, *rest], own, packed))
         attention_error = float(np.max(errors))  # NaN if any is
-        logit_error = _logit_error(projection, own[0], run_alone(model, model, first).logits[0])
+        ours_TV = torch.cat([logits for _, logits in projection.chunks(own[0])], dim=1)
+        logit_error = _logit_error(ours_TV, run_alone(model, model, first).logits[0])
+        loss_error = _loss_error(projection, first, own[0], ours_TV)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # no fault of the architecture
     except (RuntimeError, TypeError, ValueError, AttributeError) as err:
@@ -96,6 +102,8 @@ def _find_fault(
         return f"packed attention is off by {attention_error:.2g} nats per token"
     if not logit_error <= _LOGIT_TOLERANCE[dtype]:
         return f"its logits are not a plain projection (off by {100 * logit_error:.2g} %)"
+    if not loss_error <= _LOSS_TOLERANCE:
+        return f"its losses do not follow from its logits (off by {100 * loss_error:.2g} %)"
     return None
 
 
@@ -130,11 +138,18 @@ def _attention_error(
     return float((packed_S - own_S).abs().mean())
 
 
-def _logit_error(projection: Projection, own_TM: Tensor, own_TV: Tensor) -> float:
+def _logit_error(ours_TV: Tensor, own_TV: Tensor) -> float:
     """Largest relative error of a logit of a short probe, all of whose logits exist at once."""
-    ours_TV = torch.cat([logits for _, logits in projection.chunks(own_TM)], dim=1)
     own_TV = own_TV.float().to(ours_TV.device)
     return float(((ours_TV - own_TV).abs() / (1 + own_TV.abs())).max())
+
+
+def _loss_error(projection: Projection, ids: TokenIds, own_TM: Tensor, ours_TV: Tensor) -> float:
+    """Largest relative error of a loss against one from whole logits, both float32."""
+    targets_S = torch.from_numpy(ids[1:]).long().to(ours_TV.device)
+    ours_S = projection.nll(own_TM[:-1], targets_S)
+    whole_S = F.cross_entropy(ours_TV[:-1], targets_S, reduction="none")
+    return float(((ours_S - whole_S).abs() / (1 + whole_S)).max())
 
 
 def _longest_window(config: Any) -> int | None:

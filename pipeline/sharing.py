@@ -70,8 +70,9 @@ def find_prefixes(sequences: Sequence[TokenIds]) -> list[Prefix | None]:
 
 def _num_common(one: TokenIds, other: TokenIds) -> int:
     length = min(len(one), len(other))
-    differs = np.flatnonzero(one[:length] != other[:length])
-    return int(differs[0]) if len(differs) else length
+    differs = one[:length] != other[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length
 
 
 @dataclass

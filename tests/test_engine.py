@@ -15,12 +15,14 @@ from transformers import AttentionInterface
 
 from pipeline import probe, projection
 from pipeline.attention import PACKED, UnsupportedAttentionError, packed_attention
+from pipeline.compiled import repeated_layers
 from pipeline.devices import auto_batch_tokens, auto_dtype
 from pipeline.engine import Engine, TokenSequence
 from pipeline.forward import longest_together, run_padded
 from pipeline.grouped_attention import _plan_groups
 from pipeline.packing import Laid, Pack
 from pipeline.probe import find_fault
+from pipeline.projection import LogitTransform
 from pipeline.sharing import Share
 
 FAMILIES = {
@@ -305,7 +307,7 @@ def test_probe_notices_attention_that_ignores_what_a_layer_asks(
 def test_probe_notices_logits_that_are_not_a_plain_projection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(projection, "logit_transform", lambda config: lambda logits: logits)
+    monkeypatch.setattr(projection, "logit_transform", lambda config: LogitTransform())
     architecture, changes = FAMILIES["gemma2-soft-caps"]
     assert Engine(tiny_model(architecture, **changes)).mode == "padded"
 
@@ -319,16 +321,18 @@ def test_attention_refuses_what_it_does_not_know() -> None:
         )  # fmt: skip
 
 
-def test_bfloat16_logits_are_float32_from_the_hidden_states_on() -> None:
+@pytest.mark.parametrize(("states", "width"), [(5, 32), (300, 576)])
+def test_bfloat16_logits_are_float32_from_the_hidden_states_on(states: int, width: int) -> None:
     """The only rounding in half precision is the body's: the projection adds none of its own."""
-    model = tiny_model("Llama").bfloat16()
+    model = tiny_model("Llama", hidden_size=width, num_hidden_layers=1).bfloat16()
     engine = Engine(model)
-    hidden = torch.randn(5, 32).bfloat16()
-    targets = torch.arange(5)
+    hidden = torch.randn(states, width).bfloat16()
+    targets = torch.arange(states) % 600
     exact = hidden.double() @ model.lm_head.weight.double().T
     expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    rounding = 1e-6 * width / 32  # of so many float32 sums; bfloat16 logits would be off by 1e-2
     torch.testing.assert_close(
-        engine._projection.nll(hidden, targets).double(), expected, rtol=1e-6, atol=1e-6
+        engine._projection.nll(hidden, targets).double(), expected, rtol=1e-6, atol=rounding
     )
 
 
@@ -435,18 +439,193 @@ def test_auto_dtype_is_bfloat16_only_where_hardware_has_it() -> None:
     assert (auto_dtype(torch.device("cpu")) == torch.bfloat16) == fast
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE])
+def test_every_family_on_a_gpu_agrees_with_float32_on_the_cpu(
+    family: str, dtype: torch.dtype
+) -> None:
+    architecture, changes = {**FAMILIES, **UNPACKABLE}[family]
+    model = tiny_model(architecture, **changes)
+    sequences = sequences_of([40, 3, 25, 60, 2, 33, 13, 12])
+    for sequence in sequences:  # what they begin with is shared
+        sequence.input_ids[:12] = sequences[0].input_ids[:12][: len(sequence.input_ids)]
+    expected = [oracle(model, sequence) for sequence in sequences]
+    engine = Engine(model.to("cuda", dtype))
+    assert engine.mode == ("packed" if family in FAMILIES else "padded")
+    assert engine.compiled == (family in FAMILIES)
+    tolerance = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
+    for loss, nll in zip(engine.score(sequences), expected, strict=True):
+        assert loss.error is None
+        assert loss.nll_nats == pytest.approx(nll, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gpt2-learned-positions"])
-def test_varlen_attention_on_cuda_agrees_with_float32(family: str) -> None:
+def test_shared_prefixes_and_compiled_layers_change_nothing_on_a_gpu(family: str) -> None:
+    architecture, changes = FAMILIES[family]
+    model = tiny_model(architecture, **changes).to("cuda")
+    sequences = sequences_of([40, 30, 25, 60, 33, 130])
+    for sequence in sequences:
+        sequence.input_ids[:20] = sequences[0].input_ids[:20]
+    plain = Engine(model, share=(), compiled=False).score(sequences)
+    engine = Engine(model)
+    assert engine.compiled
+    assert "prefixes" in engine.share
+    for one, other in zip(engine.score(sequences), plain, strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("states", "depth", "vocabulary", "biased", "transform"),
+    [
+        (1, 64, 256, False, LogitTransform()),
+        (300, 768, 50257, False, LogitTransform()),
+        (129, 100, 1000, True, LogitTransform(0.25)),
+        (8200, 576, 49152, False, LogitTransform()),
+        (7, 2304, 256000, False, LogitTransform(1.0, 30.0)),
+    ],
+)
+def test_the_projection_kernel_equals_float64(
+    states: int, depth: int, vocabulary: int, biased: bool, transform: LogitTransform
+) -> None:
+    from pipeline.projection_kernel import cross_entropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(states, depth, device="cuda").bfloat16()
+    weight = (torch.randn(vocabulary, depth, device="cuda") * depth**-0.5 * 3).bfloat16()
+    bias = torch.randn(vocabulary, device="cuda").bfloat16() if biased else None
+    targets = torch.randint(vocabulary, (states,), device="cuda")
+    targets[-1], targets[0] = 0, vocabulary - 1
+    losses = cross_entropy(hidden, weight, bias, targets, *transform)
+    for at in range(0, states, 1000):
+        logits = hidden[at : at + 1000].double() @ weight.double().T
+        logits = transform(logits if bias is None else logits + bias.double())
+        expected = torch.nn.functional.cross_entropy(
+            logits, targets[at : at + 1000], reduction="none"
+        )
+        torch.testing.assert_close(losses[at : at + 1000].double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
+    """Layers are traced and guarded as on a GPU, and what comes out of it is run by `backend`."""
+
+    def compile_layers(model: torch.nn.Module) -> bool:
+        for layer in repeated_layers(model):
+            layer.compile(dynamic=True, backend=backend)
+        return True
+
+    torch.compiler.reset()
+    monkeypatch.setattr("pipeline.engine.compile_layers", compile_layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2-learned-positions", "gemma2-soft-caps"])
+def test_a_layer_is_compiled_once_for_all_packs(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.fx.GraphModule] = []
+
+    def counted(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    compile_without_a_compiler(monkeypatch, counted)
+    architecture, changes = FAMILIES[family]
+    model = tiny_model(architecture, **changes)  # not compiled, of the same weights
+    engine = Engine(tiny_model(architecture, **changes), max_batch_tokens=120)
+    assert (engine.mode, engine.compiled) == ("packed", True)
+    before = len(compiled)
+    for seed in range(1, 12):  # more packs than PyTorch would compile a layer for
+        lengths = np.random.default_rng(seed).integers(2, 60, 2 * seed).tolist()
+        sequences = sequences_of(lengths, seed)
+        losses = engine.score(sequences)
+        for sequence, loss in zip(sequences[:3], losses, strict=False):
+            assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+    assert len(compiled) == before > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj-own-attention"])
+def test_layers_that_cannot_be_compiled_run_as_they_are_written(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    compile_without_a_compiler(monkeypatch, broken)
     architecture, changes = FAMILIES[family]
     model = tiny_model(architecture, **changes)
-    sequences = sequences_of([40, 3, 25, 60])
-    expected = [oracle(model, sequence) for sequence in sequences]
-    engine = Engine(model.bfloat16().cuda())
-    assert engine.mode == "packed"
-    for loss, nll in zip(engine.score(sequences), expected, strict=True):
-        assert loss.nll_nats == pytest.approx(nll, rel=0.05)
+    sequences = sequences_of([40, 3, 25])
+    engine = Engine(model)
+    assert (engine.mode, engine.compiled) == ("packed", False)
+    assert ("prefixes" in engine.share) == (family == "llama")
+    assert "layers run uncompiled" in caplog.text
+    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+def test_what_cannot_be_shared_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_without_a_compiler(monkeypatch, "eager")
+    architecture, changes = FAMILIES["gptj-own-attention"]
+    engine = Engine(tiny_model(architecture, **changes))
+    assert (engine.mode, engine.compiled, engine.share) == ("packed", True, {"equal", "turns"})
+
+
+def test_compiled_layers_are_compared_with_layers_as_they_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A compiler that is wrong is wrong about both sides if both are compiled."""
+
+    def wrong(graph: torch.fx.GraphModule, _: object) -> object:
+        return lambda *inputs: tuple(
+            1.5 * x if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in graph.forward(*inputs)
+        )
+
+    compile_without_a_compiler(monkeypatch, wrong)
+    assert not Engine(tiny_model("Llama")).compiled
+
+
+def test_a_pass_does_not_ask_the_device_where_sequences_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU every pass would wait for the one before."""
+    engine = Engine(tiny_model("Llama"))
+
+    def asked(_: torch.Tensor) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", asked)
+    assert all(loss.error is None for loss in engine.score(sequences_of([9, 30, 4])))
+
+
+def test_losses_that_do_not_follow_from_the_logits_are_a_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel of a GPU makes losses without logits."""
+    right = projection.Projection.nll
+    monkeypatch.setattr(projection.Projection, "nll", lambda *args: right(*args) * 1.001)
+    assert "do not follow from its logits" in str(find_fault(tiny_model("Llama")))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_parts_that_are_planned_apart_give_the_same(
+    hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_model("Llama"), max_batch_tokens=50)
+    sequences = sequences_of([9, 40, 3, 25, 60, 2, 33, 13, 12, 9, 9, 21])
+    whole = engine.score(sequences, hidden=hidden)
+    monkeypatch.setattr("pipeline.engine._PART_TOKENS", 40)
+    for one, other in zip(engine.score(sequences, hidden=hidden), whole, strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-6)
+        if hidden:
+            np.testing.assert_allclose(one.mean_hidden_M, other.mean_hidden_M, rtol=1e-4, atol=1e-6)
 
 
 def test_a_token_that_the_model_lacks_spoils_its_own_sequence_only() -> None:

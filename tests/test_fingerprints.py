@@ -42,6 +42,7 @@ CHANGE_NOTHING = {
     "model.cache_dir": "{tmp}/cache",
     "score.max_batch_tokens": 128,
     "score.share": [],
+    "score.compile": False,
     "score.reuse": "units",
     "score.unit_timeout_s": 5.0,
     "score.max_error_fraction": 0.5,

@@ -2,25 +2,29 @@
 
 Needs torch, transformers and numpy, no Ray; rows of a corpus also need pyarrow and the tokenizer.
 
-    python tests/benchmarks/engine.py speed [--model PATH | --shape NAME] [--rows N] [--rounds N]
+    python tests/benchmarks/engine.py speed [--model PATH | --shape NAME] [--rows N] [--only NAME]
     python tests/benchmarks/engine.py savings [--model PATH] [--input PATH] [--template NAME]
     python tests/benchmarks/engine.py profile [--model PATH | --shape NAME] [--rows N]
-    python tests/benchmarks/engine.py fidelity --model PATH [--rows N]
+    python tests/benchmarks/engine.py fidelity --model PATH [--rows N] [--stored DTYPE]
     python tests/benchmarks/engine.py memory --model PATH [--rows N]
 
 `speed` alternates, in one process: (a) the reference programs' way, a sample at a time in float32,
 the logits of every token; (b) right-padded batches, float32; (c) the engine, in float32 and
-bfloat16. The share of the limit is the work that a contender's own tokens need, every matrix
-product counted, the vocabulary projection only for scored tokens, over what matrix products alone
-reach on this machine in the same round.
+bfloat16. On a GPU, (c) takes 20,000 rows, and (a) and (b) a hundredth of them. The share of the
+limit is the work that a contender's own tokens need, every matrix product counted, the vocabulary
+projection only for scored tokens, over what matrix products alone reach on this machine in the same
+round.
 
 `savings` counts the tokens that shared work spares, `profile` shows where the engine's time goes.
-`fidelity` compares the ranking by IFD in a faster dtype with float32's. `memory` scores unit after
+`fidelity` compares the ranking by IFD in a faster dtype with float32's, of the same weights if they
+are `--stored` in that dtype. `memory` scores unit after
 unit and prints the peak as it goes.
 """
 
 import argparse
 import copy
+import functools
+import gc
 import itertools
 import json
 import os
@@ -30,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -105,11 +109,27 @@ Losses = list[tuple[float, float]]
 """Of each row, mean nats a token of both passes."""
 
 
+class Contender(NamedTuple):
+    """A way to score rows."""
+
+    score: Callable[[list[Row]], Losses]
+    rows: list[Row]
+    dtype: torch.dtype
+    flops: float
+    """Of the matrix products that its tokens need."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of both passes."""
+        return sum(len(each.input_ids) for row in self.rows for each in row)
+
+
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     keep_freed_memory()
+    gc.freeze()  # as a scoring actor does, once its model is there
     result = COMMANDS[options.command][0](options)
     result |= {"device": device_name(options.device), "threads": torch.get_num_threads()}
     result |= {"torch": torch.__version__, "command": options.command}
@@ -124,14 +144,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--input", default=str(ALPACA), help="Alpaca rows in Parquet")
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int)
+    parser.add_argument("--slow-rows", type=int, default=200, help="of them, for loop and padded")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-batch-tokens", type=int)
-    parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out")
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, help="contenders")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    options.rows = options.rows or COMMANDS[options.command][1]
+    rows = COMMANDS[options.command][1]
+    if options.command == "speed" and options.device.startswith("cuda"):
+        rows *= 100
+    options.rows = options.rows or rows
     return options
 
 
@@ -140,31 +165,30 @@ def parse_options() -> argparse.Namespace:
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     rows = load_rows(options)
-    num_tokens = sum(len(row.conditioned.input_ids) + len(row.direct.input_ids) for row in rows)
     contenders = make_contenders(options, rows)
-    print(f"{len(rows)} rows, {num_tokens:,} tokens in both passes; {device_name(options.device)}")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     limits: dict[str, list[float]] = {name: [] for name in contenders}
     losses: dict[str, Losses] = {}
-    for contender in contenders.values():  # what a device and its libraries set up once
-        contender.score(rows[: min(len(rows), PADDED_ROWS)])
+    for name, contender in contenders.items():
+        print(
+            f"{name}: {len(contender.rows):,} rows, {contender.num_tokens:,} tokens of both passes"
+        )
+        contender.score(contender.rows[:PADDED_ROWS])  # what a device sets up once
     for number in range(options.rounds):
         for name, contender in contenders.items():
             limits[name].append(matrix_ceiling(options.device, contender.dtype))
             begun = time.perf_counter()
-            losses[name] = contender.score(rows)
+            losses[name] = contender.score(contender.rows)
             seconds[name].append(time.perf_counter() - begun)
             print(f"round {number}: {name}: {seconds[name][-1]:.2f} s", flush=True)
-    return report(contenders, seconds, limits, losses, num_tokens, len(rows))
+    return report(contenders, seconds, limits, losses)
 
 
 def report(
-    contenders: "dict[str, Contender]",
+    contenders: dict[str, Contender],
     seconds: dict[str, list[float]],
     limits: dict[str, list[float]],
     losses: dict[str, Losses],
-    num_tokens: int,
-    num_rows: int,
 ) -> dict[str, Any]:
     first = next(iter(contenders))
     print(
@@ -172,20 +196,28 @@ def report(
         f"{'off by':>10}"
     )
     found: dict[str, Any] = {}
+    speeds = {
+        name: [each.num_tokens / t for t in seconds[name]] for name, each in contenders.items()
+    }
     for name, contender in contenders.items():
-        ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
+        ratios = [a / b for a, b in zip(speeds[name], speeds[first], strict=True)]
         shares = [
             contender.flops / t / limit
             for t, limit in zip(seconds[name], limits[name], strict=True)
         ]
         middle = statistics.median(seconds[name])
+        tokens_per_s = contender.num_tokens / middle
+        both = min(losses[name], losses[first], key=len)
         off = max(
-            abs(a - b) for one, other in zip(losses[name], losses[first], strict=True)
+            abs(a - b) for one, other in zip(spaced(losses[name], len(both)),
+            spaced(losses[first], len(both)), strict=True)
             for a, b in zip(one, other, strict=True)
         )  # fmt: skip
         found[name] = {
-            "tokens_per_s": num_tokens / middle,
-            "rows_per_s": num_rows / middle,
+            "rows": len(contender.rows),
+            "tokens": contender.num_tokens,
+            "tokens_per_s": tokens_per_s,
+            "rows_per_s": len(contender.rows) / middle,
             "ratio": spread(ratios),
             "share_of_limit": spread(shares),
             "limit_tflops": statistics.median(limits[name]) / 1e12,
@@ -193,11 +225,19 @@ def report(
             "max_nats_off": off,
         }
         print(
-            f"{name:34}{num_tokens / middle:10,.0f}{num_rows / middle:9.2f}  "
+            f"{name:34}{tokens_per_s:10,.0f}{len(contender.rows) / middle:9,.2f}  "
             f"{describe(ratios, '.2f'):>24}{describe(shares, '.0%'):>22}{off:10.1e}",
             flush=True,
         )
-    return {"rows": num_rows, "tokens": num_tokens, "contenders": found}
+    return {"contenders": found}
+
+
+T = TypeVar("T")
+
+
+def spaced(values: list[T], count: int) -> list[T]:
+    """So many of the values, at equal distances; all if there are no more."""
+    return [values[i * len(values) // count] for i in range(min(count, len(values)))]
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -209,37 +249,36 @@ def describe(values: list[float], form: str) -> str:
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
-class Contender(NamedTuple):
-    """A way to score rows."""
-
-    score: Callable[[list[Row]], Losses]
-    dtype: torch.dtype
-    flops: float
-    """Of the matrix products that its tokens need."""
-
-
 def make_contenders(options: argparse.Namespace, rows: list[Row]) -> dict[str, Contender]:
-    full = load_model(options, torch.float32)
-    budget: int | Literal["auto"] = options.max_batch_tokens or "auto"
-    plain = Engine(full, budget, share=())
-    shared = Engine(full, budget)
-    own = with_own_attention(full)
-    contenders = {
-        "loop": Contender(lambda r: one_by_one(own, r), torch.float32, count_flops(own, rows)),
-        "padded": Contender(lambda r: padded(own, r), torch.float32, count_flops(own, rows)),
-        "engine float32, nothing shared": Contender(
-            lambda r: engine_losses(plain, r), torch.float32, count_flops(full, rows)
-        ),
-        "engine float32": Contender(
-            lambda r: engine_losses(shared, r), torch.float32, count_flops(full, rows, shared)
-        ),
+    """Those that are asked for; or all, of which a CPU leaves out what is not for it."""
+    on_gpu = options.device.startswith("cuda")
+    names = list(options.only or CONTENDERS)
+    if auto_dtype(torch.device(options.device)) != torch.bfloat16:  # it is only emulated
+        names = [name for name in names if "bfloat16" not in name]
+    if not on_gpu:
+        names = [name for name in names if name not in (HALF_PLAIN, HALF_UNCOMPILED)]
+    models = {
+        dtype: load_model(options, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        if any((dtype == torch.bfloat16) == ("bfloat16" in name) for name in names)
     }
-    if auto_dtype(torch.device(options.device)) == torch.bfloat16:  # or it is only emulated
-        half = Engine(load_model(options, torch.bfloat16), budget)
-        contenders["engine bfloat16"] = Contender(
-            lambda r: engine_losses(half, r), torch.bfloat16, count_flops(half.model, rows, half)
-        )
-    return {name: each for name, each in contenders.items() if name not in options.skip}
+    few = spaced(rows, options.slow_rows)
+
+    def contender(name: str) -> Contender:
+        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        model = twin(models[dtype])
+        if name in SLOW:
+            model.set_attn_implementation("sdpa")
+            score = functools.partial(SLOW[name], model)
+            return Contender(score, few, dtype, count_flops(model, few))
+        share = () if "nothing shared" in name else SHARES
+        budget: int | Literal["auto"] = options.max_batch_tokens or "auto"
+        engine = Engine(model, budget, share=share, compiled="uncompiled" not in name)
+        print(f"{name}: {engine.mode}, compiled {engine.compiled}, share {sorted(engine.share)}")
+        score = functools.partial(engine_losses, engine)
+        return Contender(score, rows, dtype, count_flops(model, rows, engine))
+
+    return {name: contender(name) for name in names}
 
 
 def engine_losses(engine: Engine, rows: list[Row]) -> Losses:
@@ -371,13 +410,16 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     rows = load_rows(options)
     dtype = auto_dtype(torch.device(options.device))
     engine = Engine(load_model(options, dtype), options.max_batch_tokens or "auto")
+    engine_losses(engine, rows[:PADDED_ROWS])
     with torch.profiler.profile() as profiler:
         engine_losses(engine, rows)
     averages = profiler.key_averages()
-    print(averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=30))
-    whole = sum(each.self_cpu_time_total for each in averages)
-    products = [each for each in averages if each.key in ("aten::mm", "aten::addmm")]
-    return {"matrix_products": sum(each.self_cpu_time_total for each in products) / whole}
+    where = "cuda" if options.device.startswith("cuda") else "cpu"
+    order = f"self_{'device' if where == 'cuda' else where}_time_total"
+    print(averages.table(sort_by=order, row_limit=20, max_name_column_width=50))
+    spent = {each.key: getattr(each, order) for each in averages}
+    products = sum(spent.get(name, 0) for name in ("aten::mm", "aten::addmm"))
+    return {"matrix_products": products / sum(spent.values())}
 
 
 # --- fidelity
@@ -390,7 +432,8 @@ def fidelity(options: argparse.Namespace) -> dict[str, Any]:
     rows = load_rows(options)
     ratios = {}
     for dtype in (torch.float32, torch.bfloat16):
-        engine = Engine(load_model(options, dtype), options.max_batch_tokens or "auto")
+        model = load_model(options, getattr(torch, options.stored)).to(dtype)
+        engine = Engine(model, options.max_batch_tokens or "auto")
         losses = np.array(engine_losses(engine, rows))
         ratios[dtype] = losses[:, 0] / losses[:, 1]
     exact, fast = ratios[torch.float32], ratios[torch.bfloat16]
@@ -509,12 +552,10 @@ def load_model(options: argparse.Namespace, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(SHAPES[options.shape], dtype=dtype).eval()
 
 
-def with_own_attention(model: Any) -> Any:
-    """The same weights in a model that keeps PyTorch's fused attention; the engine sets its own."""
+def twin(model: Any) -> Any:
+    """The same weights in another model, which keeps its own attention and compiled layers."""
     weights = itertools.chain(model.parameters(), model.buffers())
-    twin = copy.deepcopy(model, memo={id(tensor): tensor for tensor in weights})
-    twin.set_attn_implementation("sdpa")
-    return twin
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in weights})
 
 
 def model_ref(options: argparse.Namespace) -> Any:
@@ -533,6 +574,12 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+SLOW: dict[str, Callable[[Any, list[Row]], Losses]] = {"loop": one_by_one, "padded": padded}
+HALF_PLAIN, HALF_UNCOMPILED = "engine bfloat16, nothing shared", "engine bfloat16, uncompiled"
+CONTENDERS = (
+    *SLOW, "engine float32, nothing shared", "engine float32", HALF_PLAIN, HALF_UNCOMPILED,
+    "engine bfloat16",
+)  # fmt: skip
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
     "speed": (speed, 200),
     "savings": (savings, 1000),
