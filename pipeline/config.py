@@ -73,7 +73,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """Hub: branch, tag or commit. A `.gguf` or local directory: `sha256:...` that it must have."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """`auto` is bfloat16 on CUDA and on CPUs that have it in hardware, float32 otherwise."""
+    """`auto` is bfloat16 on CUDA and on CPUs that have it in hardware, float32 otherwise. Half
+    precision is that of weights and products; what layers add up stays float32."""
     cache_dir: str | None = None
     """Per node: converted and downloaded models. Null is `~/.cache/cherry`."""
 

@@ -27,11 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.compiled import compile_layers, run_as_written
 from pipeline.devices import auto_batch_tokens, from_device, mark, to_device
-from pipeline.forward import hidden_packed, longest_together, run_padded
+from pipeline.forward import (
+    hidden_packed,
+    keep_float32_between_layers,
+    longest_together,
+    run_padded,
+)
 from pipeline.packing import Laid, costs, lay_out, plan_packs, plan_padded
-from pipeline.probe import find_fault
+from pipeline.probe import find_way
 from pipeline.projection import Projection
 from pipeline.sharing import SHARES, Prefix, Share, TokenIds, find_equal, find_prefixes
 
@@ -114,43 +118,12 @@ class Engine:
         self._longest_together = longest_together(config)
         self._vocab_size = int(config.vocab_size)
         self._num_embeddings = int(model.get_input_embeddings().num_embeddings)
-        self.mode: Literal["packed", "padded"] = "packed"
-        self.share = set(share)
-        self.compiled = compiled and compile_layers(model)
-        self._probe(max_length)
-        self._projection = Projection(model, self.compiled)
-
-    def _probe(self, max_length: int | None) -> None:
-        """Take packs, shared prefixes and compiled layers, or what of them the model can have."""
-        sharing, compiled = wanted = "prefixes" in self.share, self.compiled
-        attempts = sorted(set(itertools.product((sharing, False), (compiled, False))), reverse=True)
-        why = ""
-        for sharing, compiled in attempts:
-            if self.compiled and not compiled:
-                run_as_written(self.model)
-            elif compiled and not self.compiled:
-                compile_layers(self.model)
-            self.compiled = compiled
-            fault = find_fault(self.model, max_length, sharing=sharing, compiled=compiled)
-            if fault is None:
-                break
-            why = fault
-        given_up = [
-            what
-            for what, before, now in zip(
-                ("prefixes are not shared", "layers run uncompiled"), wanted, (sharing, compiled),
-                strict=True,
-            )
-            if before and not now
-        ]  # fmt: skip
-        if fault:
-            self.mode = "padded"
-            given_up = ["scoring in padded batches through its own attention instead"]
-        if given_up:
-            name = type(self.model).__name__
-            log.warning("%s: %s; %s, which is slower", name, why, " and ".join(given_up))
-        if not sharing:
-            self.share.discard("prefixes")
+        keep_float32_between_layers(model)
+        way = find_way(model, max_length, sharing="prefixes" in share, compiled=compiled)
+        self.mode: Literal["packed", "padded"] = "packed" if way.packed else "padded"
+        self.share = set(share) if way.sharing else set(share) - {"prefixes"}
+        self.compiled = way.compiled
+        self._projection = Projection(model, way.compiled)
 
     @torch.inference_mode()
     def score(

@@ -1,8 +1,10 @@
 """One forward pass of sequences that lie end to end: packed, or padded the model's own way."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,17 +16,47 @@ from pipeline.sharing import TokenIds
 _refused: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 """Attention that a model was asked for and did not take."""
 
+_float32_between_layers: WeakSet[Any] = WeakSet()
+
+
+def keep_float32_between_layers(model: Any) -> None:
+    """Have a model in half precision add up in float32 what its layers give.
+
+    Matrix products stay in half precision and so do weights; what each layer adds to is not rounded
+    each time. Of the IFD of 600 Alpaca rows, SmolLM2-135M in bfloat16, that halves the error. An
+    architecture that cannot mix the two, as some mixtures of experts, is left as it is.
+    """
+    if next(model.parameters()).dtype == torch.float32:
+        return
+    hook = model.get_input_embeddings().register_forward_hook(lambda *given: given[-1].float())
+    _float32_between_layers.add(model)
+    try:
+        run_alone(model, model, np.zeros(2, np.int32))
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (RuntimeError, TypeError, ValueError):
+        hook.remove()
+        _float32_between_layers.discard(model)
+
+
+def _products(model: Any) -> AbstractContextManager[None]:
+    """Matrix products in the dtype of the weights, whatever meets them."""
+    if model not in _float32_between_layers:
+        return nullcontext()
+    return torch.autocast(model.device.type, next(model.parameters()).dtype)
+
 
 # T=tokens of all sequences, M=hidden size, V=vocabulary, B=sequences, L=longest of them
 def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
-    """Last hidden states of a pack, shape (T, M)."""
+    """Last hidden states of a pack, shape (T, M), in the model's dtype or float32."""
     _use_attention(model, PACKED)
-    output = model.base_model(
-        input_ids=ids_T.unsqueeze(0).to(model.device),
-        position_ids=to_device(pack.positions(), model.device).unsqueeze(0),
-        use_cache=False,
-        cherry_pack=pack,
-    )
+    with _products(model):
+        output = model.base_model(
+            input_ids=ids_T.unsqueeze(0).to(model.device),
+            position_ids=to_device(pack.positions(), model.device).unsqueeze(0),
+            use_cache=False,
+            cherry_pack=pack,
+        )
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
@@ -47,12 +79,13 @@ def run_padded(
     mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
     mask_BL = mask_BL.to(model.device)
     _use_attention(model, "eager")
-    output = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL.long(),
-        use_cache=False,
-        output_hidden_states=hidden,
-    )
+    with _products(model):
+        output = model(
+            input_ids=ids_BL,
+            attention_mask=mask_BL.long(),
+            use_cache=False,
+            output_hidden_states=hidden,
+        )
     return output.logits[mask_BL], output.hidden_states[-1][mask_BL] if hidden else None
 
 
@@ -63,7 +96,7 @@ def run_alone(module: Any, model: Any, ids: TokenIds) -> Any:
     """
     _use_attention(model, "eager")
     ids_1T = torch.from_numpy(ids).long().unsqueeze(0).to(model.device)
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), _products(model):
         return module(input_ids=ids_1T, use_cache=False)
 
 

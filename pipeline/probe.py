@@ -1,4 +1,4 @@
-"""The probe: whether a model can be run in packs, by doing it and comparing with its own way.
+"""The probe: how a model can be run in packs, by doing it and comparing with its own way.
 
 A few sequences, one longer than any sliding window, go through packed attention and through
 transformers' own eager attention. Two runs of our own attention would agree with each other and
@@ -7,19 +7,24 @@ precision could hide a state that runs on from one sequence into the next, so a 
 with another sequence in front, which must change none of the others.
 """
 
+import itertools
+import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.compiled import compile_layers, run_as_written
 from pipeline.forward import hidden_packed, run_alone
 from pipeline.packing import lay_out
 from pipeline.projection import Projection
 from pipeline.sharing import Prefix, TokenIds
+
+log = logging.getLogger("cherry")
 
 # What rounding alone explains, per dtype. First, the mean absolute difference in nats per token
 # between packed and eager attention at the end of a probe: 1e-7, 0.009 and 0.07 on SmolLM2-135M,
@@ -37,6 +42,49 @@ _PROBE_TAIL = 32
 """Tokens compared at the end of each probe, where a window would have slid furthest."""
 _PROBE_HEAD = 8
 """Tokens compared behind a boundary, where what leaks through it is strongest."""
+
+
+class Way(NamedTuple):
+    """How a model is run."""
+
+    packed: bool
+    sharing: bool
+    """Sequences of a pack may begin with the same tokens, computed once."""
+    compiled: bool
+
+
+def find_way(model: Any, max_length: int | None, *, sharing: bool, compiled: bool) -> Way:
+    """Take packs, shared prefixes and compiled layers, or what of them a model can have.
+
+    Compiles its layers in place, or leaves them as they are written.
+
+    Args:
+        model: A transformers causal LM, on its device.
+        max_length: As `find_fault`.
+        sharing: Whether prefixes are to be shared.
+        compiled: Whether layers are to be compiled, where the device gains by it and can.
+    """
+    is_compiled = compiled = compiled and compile_layers(model)
+    attempts = sorted(set(itertools.product((sharing, False), (compiled, False))), reverse=True)
+    why = ""
+    for now_sharing, now_compiled in attempts:
+        if is_compiled and not now_compiled:
+            run_as_written(model)
+        elif now_compiled and not is_compiled:
+            compile_layers(model)
+        is_compiled = now_compiled
+        fault = find_fault(model, max_length, sharing=now_sharing, compiled=now_compiled)
+        if fault is None:
+            break
+        why = fault
+    given_up = ["prefixes are not shared"] * (sharing and not now_sharing)
+    given_up += ["layers run uncompiled"] * (compiled and not now_compiled)
+    if fault:
+        given_up = ["scoring in padded batches through its own attention instead"]
+    if given_up:
+        what = " and ".join(given_up)
+        log.warning("%s: %s; %s, which is slower", type(model).__name__, why, what)
+    return Way(fault is None, now_sharing, now_compiled)
 
 
 @torch.inference_mode()

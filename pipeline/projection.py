@@ -34,7 +34,8 @@ class Projection:
         """
         weight_VM = self._head.weight
         targets_S = targets_S.to(weight_VM.device)
-        hidden_SM = hidden_SM.to(weight_VM.device)  # a model may be spread over several
+        # A model may be spread over several devices, and float32 between its layers.
+        hidden_SM = hidden_SM.to(weight_VM)
         if self._compiled and weight_VM.dtype != torch.float32 and weight_VM.is_contiguous():
             from pipeline.projection_kernel import cross_entropy
 
@@ -58,10 +59,11 @@ class Projection:
     def chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first vocabulary entry, float32 logits) of each chunk of the vocabulary."""
         weight_VM, bias_V = self._head.weight, getattr(self._head, "bias", None)
-        hidden_SM = hidden_SM.to(weight_VM.device)
+        hidden_SM = hidden_SM.to(weight_VM)
         _, chunk = _tile(hidden_SM)
         for begin in range(0, weight_VM.shape[0], chunk):
-            logits_SC = _product(hidden_SM, weight_VM[begin : begin + chunk])
+            with torch.autocast(hidden_SM.device.type, enabled=False):
+                logits_SC = _product(hidden_SM, weight_VM[begin : begin + chunk])
             if bias_V is not None:
                 logits_SC = logits_SC + bias_V[begin : begin + chunk].float()
             yield begin, self._transform(logits_SC)
@@ -77,7 +79,7 @@ def _product(hidden_SM: Tensor, chunk_CM: Tensor) -> Tensor:
     if hidden_SM.is_cuda and dtype != torch.float32:
         return torch.mm(hidden_SM, chunk_CM.T, out_dtype=torch.float32)
     one_SM, other_CM = hidden_SM.float(), chunk_CM.float()
-    if dtype != torch.bfloat16 or hidden_SM.dtype != dtype:
+    if dtype != torch.bfloat16:
         return one_SM @ other_CM.T
     # A CPU's bfloat16 product comes out rounded. Its float32 product may round what goes in to
     # bfloat16, which these are already: exact, and 2.3 times as fast where hardware has bfloat16.

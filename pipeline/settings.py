@@ -13,8 +13,8 @@ from pipeline.schemas import EMBEDDING, PART
 from pipeline.sharing import SHARES, Share
 from pipeline.units import fingerprint
 
-SCORING_VERSION = 2
-EMBEDDING_VERSION = 2
+SCORING_VERSION = 3
+EMBEDDING_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The engine against transformers' own eager attention, one row at a time."""
 
+import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from pipeline import probe, projection
+from pipeline import forward, probe, projection
 from pipeline.attention import PACKED, UnsupportedAttentionError, packed_attention
 from pipeline.compiled import repeated_layers
 from pipeline.devices import auto_batch_tokens, auto_dtype
@@ -130,7 +131,7 @@ def test_longrope_turns_short_sequences_as_if_they_were_alone(
     assert longest_together(model.config) == 32
     sequences = sequences_of([100, 20, 40, 32, 33, 9])
     if mode == "padded":
-        monkeypatch.setattr("pipeline.engine.find_fault", lambda *_, **__: "of a test")
+        monkeypatch.setattr("pipeline.probe.find_fault", lambda *_, **__: "of a test")
     engine = Engine(model, share=share)
     assert engine.mode == mode
     for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
@@ -240,7 +241,7 @@ def test_values_may_have_another_width_than_keys() -> None:
 def test_padded_batches_stay_within_the_budget_with_their_padding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.engine.find_fault", lambda *_, **__: "of a test")
+    monkeypatch.setattr("pipeline.probe.find_fault", lambda *_, **__: "of a test")
     sizes = []
 
     def noted(model: object, lengths: list[int], *rest: object, **kinds: object) -> object:
@@ -514,6 +515,53 @@ def test_the_projection_kernel_equals_float64(
         torch.testing.assert_close(losses[at : at + 1000].double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE])
+def test_every_family_in_bfloat16_agrees_with_float32(family: str) -> None:
+    architecture, changes = {**FAMILIES, **UNPACKABLE}[family]
+    model = tiny_model(architecture, **changes)
+    sequences = sequences_of([40, 3, 25, 60, 33])
+    expected = [oracle(model, sequence) for sequence in sequences]
+    engine = Engine(model.bfloat16())
+    assert engine.mode == ("packed" if family in FAMILIES else "padded")
+    for loss, nll in zip(engine.score(sequences), expected, strict=True):
+        assert loss.nll_nats == pytest.approx(nll, rel=0.05)
+
+
+def test_what_layers_give_is_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama", num_hidden_layers=8)
+    with torch.no_grad():
+        for layer in model.model.layers:  # each adds a little, as in a model that is trained
+            for parameter in layer.parameters():
+                parameter.mul_(0.3 if parameter.dim() > 1 else 1)
+    model = model.bfloat16()
+    sequences = sequences_of([60] * 20)
+    exact = copy.deepcopy(model).float()
+    expected = np.array([oracle(exact, sequence) for sequence in sequences])
+
+    def error() -> float:
+        losses = Engine(copy.deepcopy(model)).score(sequences)
+        found = np.array([loss.nll_nats for loss in losses])
+        return float(np.sqrt(np.mean((found - expected) ** 2)))
+
+    with_float32 = error()
+    monkeypatch.setattr("pipeline.engine.keep_float32_between_layers", lambda _: None)
+    assert with_float32 < 0.7 * error()
+
+
+def test_a_model_that_takes_one_dtype_only_is_left_as_it_is() -> None:
+    def strict(_: object, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].dtype != torch.bfloat16:
+            raise RuntimeError("expected mat1 and mat2 to have the same dtype")
+
+    model = tiny_model("Llama").bfloat16()
+    model.model.layers[0].register_forward_pre_hook(strict)
+    sequences = sequences_of([9, 20])
+    engine = Engine(model)
+    assert model not in forward._float32_between_layers
+    assert engine.mode == "packed"
+    assert all(loss.error is None for loss in engine.score(sequences))
+
+
 def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
     """Layers are traced and guarded as on a GPU, and what comes out of it is run by `backend`."""
 
@@ -523,7 +571,7 @@ def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch, backend: object)
         return True
 
     torch.compiler.reset()
-    monkeypatch.setattr("pipeline.engine.compile_layers", compile_layers)
+    monkeypatch.setattr("pipeline.probe.compile_layers", compile_layers)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2-learned-positions", "gemma2-soft-caps"])
@@ -654,7 +702,7 @@ def test_mean_hidden_states_equal_plain_transformers(
 ) -> None:
     model = tiny_model("Llama")
     if mode == "padded":
-        monkeypatch.setattr("pipeline.engine.find_fault", lambda *_, **__: "of a test")
+        monkeypatch.setattr("pipeline.probe.find_fault", lambda *_, **__: "of a test")
     sequences = sequences_of([9, 30, 2, 17])
     losses = Engine(model, 32).score(sequences, hidden=True)
     model.set_attn_implementation("eager")

@@ -419,7 +419,7 @@ def test_versions_are_those_of_this_repository(overlay: str) -> None:
     for cluster in _clusters(overlay):
         assert cluster["rayVersion"] == pins["ray"]
         assert all(container["image"] == f"{IMAGE}:{tag}" for container in _containers(cluster))
-    base = re.search(r"^FROM (\S+/python:\S+) ", (CLUSTER / "Dockerfile").read_text(), re.M)
+    base = re.search(r"^FROM (python:\S+) ", (CLUSTER / "Dockerfile").read_text(), re.M)
     assert base is not None
     images = {container["image"] for container in _containers(_build(overlay))}
     assert images <= {f"{IMAGE}:{tag}", base[1]}

@@ -108,9 +108,11 @@ def plain_training(model: Any, examples: Examples, config: TrainConfig) -> list[
     ],
 )
 def test_training_equals_plain_transformers(family: str, changes: dict[str, Any]) -> None:
-    expected = tiny_model(family, **changes)
+    # Adam divides a gradient by its own size, so one that is all rounding makes a step of full length
+    # either way; seed 0 has one in Mistral's embeddings on some CPUs.
+    expected = tiny_model(family, seed=3, **changes)
     losses = plain_training(expected, make_examples(), CONFIG)
-    weights, history = run(model=tiny_model(family, **changes))
+    weights, history = run(model=tiny_model(family, seed=3, **changes))
     assert [step["loss"] for step in history] == pytest.approx(losses, rel=1e-4)
     for name, parameter in expected.named_parameters():
         if name.endswith("c_attn.bias"):
