@@ -108,8 +108,8 @@ def plain_training(model: Any, examples: Examples, config: TrainConfig) -> list[
     ],
 )
 def test_training_equals_plain_transformers(family: str, changes: dict[str, Any]) -> None:
-    # Adam divides a gradient by its own size, so one that is all rounding makes a step of full length
-    # either way; seed 0 has one in Mistral's embeddings on some CPUs.
+    # Adam divides a gradient by its own size, so one that is all rounding makes a step of full
+    # length either way; seed 0 has one in Mistral's embeddings on some CPUs.
     expected = tiny_model(family, seed=3, **changes)
     losses = plain_training(expected, make_examples(), CONFIG)
     weights, history = run(model=tiny_model(family, seed=3, **changes))
