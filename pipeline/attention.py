@@ -23,7 +23,7 @@ from pipeline.packing import Pack
 
 PACKED = "cherry_packed"
 
-# Keys that serve several heads: since PyTorch 2.12 they must be asked for, 2.11 just takes them.
+# Keys that serve several heads: PyTorch 2.11 just takes them, 2.13 wants to be told.
 _SHARED_KEYS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )

@@ -16,10 +16,6 @@ _TEXT = ("is_string", "is_large_string", "is_string_view")
 _BYTES = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
 
 
-_NO_CAST = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError)
-"""How pyarrow says that a type cannot become another. Their base is running out of memory too."""
-
-
 def added_columns(settings: SelectSettings) -> pa.Schema:
     """What a selection says of each row, after the input's own columns."""
     if settings.group_by and len(settings.fractions) > 1:
@@ -158,6 +154,6 @@ def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         common = pa.unify_schemas(both, promote_options="permissive").field("column").type
         for kind in (one, other):  # int64 and decimal(20, 2) widen to what no int64 can become
             pa.nulls(1, kind).cast(common)
-    except _NO_CAST:
-        return None
+    except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None  # their base is running out of memory too
     return common

@@ -17,14 +17,16 @@ _refused: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 """Attention that a model was asked for and did not take."""
 
 _float32_between_layers: WeakSet[Any] = WeakSet()
+"""Models in half precision that add up in float32."""
 
 
+@torch.inference_mode()
 def keep_float32_between_layers(model: Any) -> None:
     """Have a model in half precision add up in float32 what its layers give.
 
     Matrix products stay in half precision and so do weights; what each layer adds to is not rounded
-    each time. Of the IFD of 600 Alpaca rows, SmolLM2-135M in bfloat16, that halves the error. An
-    architecture that cannot mix the two, as some mixtures of experts, is left as it is.
+    each time: with it the top tenth of 2,000 Alpaca rows, SmolLM2-135M in bfloat16, had 98.5 % of
+    float32's rows, without it 97.5 %. An architecture that cannot mix the two is left as it is.
     """
     if next(model.parameters()).dtype == torch.float32:
         return
@@ -34,7 +36,7 @@ def keep_float32_between_layers(model: Any) -> None:
         run_alone(model, model, np.zeros(2, np.int32))
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         hook.remove()
         _float32_between_layers.discard(model)
 

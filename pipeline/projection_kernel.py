@@ -43,44 +43,36 @@ def cross_entropy(
         scale: Logits are multiplied by it.
         softcap: Then they become `softcap * tanh(logit / softcap)`; None leaves them.
     """
-    pieces = zip(hidden_SM.split(_ROWS), targets_S.split(_ROWS), strict=True)
-    return torch.cat([_cross_entropy(h, weight_VM, bias_V, t, scale, softcap) for h, t in pieces])
-
-
-def _cross_entropy(
-    hidden_SM: Tensor,
-    weight_VM: Tensor,
-    bias_V: Tensor | None,
-    targets_S: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    (num_states, depth), vocabulary = hidden_SM.shape, len(weight_VM)
-    tiles = triton.cdiv(num_states, _STATES), triton.cdiv(vocabulary, _ENTRIES)
-    lse_ES = hidden_SM.new_empty(tiles[1], num_states, dtype=torch.float32)
-    picked_S = hidden_SM.new_empty(num_states, dtype=torch.float32)
-    _tile_of_logits[(tiles[0] * tiles[1],)](
-        hidden_SM.contiguous(),
-        weight_VM,
-        bias_V,
-        targets_S,
-        lse_ES,
-        picked_S,
-        num_states,
-        vocabulary,
-        scale,
-        softcap or 0.0,
-        DEPTH=depth,
-        HAS_BIAS=bias_V is not None,
-        HAS_CAP=softcap is not None,
-        STATES=_STATES,
-        ENTRIES=_ENTRIES,
-        STEP=_DEPTH,
-        GROUP=_GROUP,
-        num_warps=_WARPS,
-        num_stages=_num_stages(hidden_SM.device),
-    )
-    return torch.logsumexp(lse_ES, dim=0) - picked_S
+    depth, vocabulary = hidden_SM.shape[1], len(weight_VM)
+    losses = []
+    for states_SM, wanted_S in zip(hidden_SM.split(_ROWS), targets_S.split(_ROWS), strict=True):
+        num_states = len(states_SM)
+        tiles = triton.cdiv(num_states, _STATES), triton.cdiv(vocabulary, _ENTRIES)
+        lse_ES = states_SM.new_empty(tiles[1], num_states, dtype=torch.float32)
+        picked_S = states_SM.new_empty(num_states, dtype=torch.float32)
+        _tile_of_logits[(tiles[0] * tiles[1],)](
+            states_SM.contiguous(),
+            weight_VM,
+            bias_V,
+            wanted_S,
+            lse_ES,
+            picked_S,
+            num_states,
+            vocabulary,
+            scale,
+            softcap or 0.0,
+            DEPTH=depth,
+            HAS_BIAS=bias_V is not None,
+            HAS_CAP=softcap is not None,
+            STATES=_STATES,
+            ENTRIES=_ENTRIES,
+            STEP=_DEPTH,
+            GROUP=_GROUP,
+            num_warps=_WARPS,
+            num_stages=_num_stages(states_SM.device),
+        )
+        losses.append(torch.logsumexp(lse_ES, dim=0) - picked_S)
+    return torch.cat(losses)
 
 
 def _num_stages(device: torch.device) -> int:

@@ -71,8 +71,7 @@ def find_prefixes(sequences: Sequence[TokenIds]) -> list[Prefix | None]:
 def _num_common(one: TokenIds, other: TokenIds) -> int:
     length = min(len(one), len(other))
     differs = one[:length] != other[:length]
-    first = int(differs.argmax()) if length else 0
-    return first if length and differs[first] else length
+    return int(differs.argmax()) if differs.any() else length
 
 
 @dataclass

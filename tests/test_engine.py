@@ -625,11 +625,17 @@ def test_what_cannot_be_shared_is_compiled_all_the_same(monkeypatch: pytest.Monk
     assert (engine.mode, engine.compiled, engine.share) == ("packed", True, {"equal", "turns"})
 
 
-def test_compiled_layers_are_compared_with_layers_as_they_are_written(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A compiler that is wrong is wrong about both sides if both are compiled."""
+def test_what_compiled_layers_are_compared_with_is_never_compiled() -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError
 
+    model = tiny_model("Llama")
+    for layer in repeated_layers(model):
+        layer.compile(backend=asked)
+    forward.run_alone(model, model, np.arange(5, dtype=np.int32))
+
+
+def test_a_compiler_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(graph: torch.fx.GraphModule, _: object) -> object:
         return lambda *inputs: tuple(
             1.5 * x if isinstance(x, torch.Tensor) and x.is_floating_point() else x

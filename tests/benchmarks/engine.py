@@ -17,8 +17,7 @@ round.
 
 `savings` counts the tokens that shared work spares, `profile` shows where the engine's time goes.
 `fidelity` compares the ranking by IFD in a faster dtype with float32's, of the same weights if they
-are `--stored` in that dtype. `memory` scores unit after
-unit and prints the peak as it goes.
+are `--stored` in that dtype. `memory` scores unit after unit and prints the peak as it goes.
 """
 
 import argparse
@@ -207,12 +206,9 @@ def report(
         ]
         middle = statistics.median(seconds[name])
         tokens_per_s = contender.num_tokens / middle
-        both = min(losses[name], losses[first], key=len)
-        off = max(
-            abs(a - b) for one, other in zip(spaced(losses[name], len(both)),
-            spaced(losses[first], len(both)), strict=True)
-            for a, b in zip(one, other, strict=True)
-        )  # fmt: skip
+        both = min(len(losses[name]), len(losses[first]))  # rows that they have in common
+        pairs = zip(spaced(losses[name], both), spaced(losses[first], both), strict=True)
+        off = float(np.abs(np.subtract(*zip(*pairs, strict=True))).max())
         found[name] = {
             "rows": len(contender.rows),
             "tokens": contender.num_tokens,
@@ -414,8 +410,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     with torch.profiler.profile() as profiler:
         engine_losses(engine, rows)
     averages = profiler.key_averages()
-    where = "cuda" if options.device.startswith("cuda") else "cpu"
-    order = f"self_{'device' if where == 'cuda' else where}_time_total"
+    order = f"self_{'device' if options.device.startswith('cuda') else 'cpu'}_time_total"
     print(averages.table(sort_by=order, row_limit=20, max_name_column_width=50))
     spent = {each.key: getattr(each, order) for each in averages}
     products = sum(spent.get(name, 0) for name in ("aten::mm", "aten::addmm"))
