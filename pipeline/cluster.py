@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import ray
+from ray._private import ray_constants
 
 from pipeline.config import ClusterConfig
 from pipeline.config_training import TrainConfig
@@ -73,12 +74,29 @@ def connected() -> Iterator[None]:
         limit = (os.cpu_count() or 1) + _SPARE_WORKERS
         os.environ.setdefault("RAY_num_workers_soft_limit", str(limit))
         # RAY_ADDRESS, which `ray job submit` sets, is read by Ray itself.
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
+        with _local_on_loopback():
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
     try:
         yield
     finally:
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _local_on_loopback() -> Iterator[None]:
+    """A local Ray that starts meanwhile listens on this machine alone.
+
+    Else it listens on all interfaces, and hangs for ever once the machine's address is another, as
+    it is after a VPN has connected. The switch is Ray's own, for macOS and Windows;
+    `ray.init(_node_ip_address=…)` takes no loopback address.
+    """
+    everywhere = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = everywhere
 
 
 def scores_on_gpus(config: ClusterConfig) -> bool:

@@ -1,5 +1,9 @@
-"""Resources of actors."""
+"""A local Ray, and the resources of actors."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import psutil
 import pytest
 import ray
 
@@ -7,6 +11,27 @@ from pipeline import cluster
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS, Workers
 from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError
+
+
+def listening_addresses() -> set[str]:
+    """Where this process and those it has started can be reached, while Ray is connected."""
+    with cluster.connected():
+        here = psutil.Process()
+        return {
+            connection.laddr.ip
+            for process in (here, *here.children(recursive=True))
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
+
+@pytest.mark.ray
+def test_a_local_ray_listens_on_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        addresses = pool.submit(listening_addresses).result()
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.ray
