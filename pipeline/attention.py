@@ -101,19 +101,21 @@ def packed_attention(
         )
     if not getattr(module, "is_causal", True) or rest.get("is_causal") is False:
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
-    # Under autocast the rotary embedding leaves queries and keys in float32.
-    query_1HTD, key_1KTD = query_1HTD.to(value_1KTD.dtype), key_1KTD.to(value_1KTD.dtype)
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     asked = Asked(scale, sliding_window, softcap, s_aux)
-    attend = _varlen if asked.fused and _varlen_takes(query_1HTD, value_1KTD) else grouped_attention
-    return attend(query_1HTD[0], key_1KTD[0], value_1KTD[0], cherry_pack, asked)[None], None
+    takes_varlen = asked.fused and _varlen_takes(query_1HTD, value_1KTD)
+    attend = _varlen if takes_varlen else grouped_attention
+    # What each of them rounds, and what not, autocast would not know.
+    with torch.autocast(query_1HTD.device.type, enabled=False):
+        output_THD = attend(query_1HTD[0], key_1KTD[0], value_1KTD[0], cherry_pack, asked)
+    return output_THD[None], None
 
 
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     """Whether FlashAttention, which varlen attention is, has a kernel for this."""
     return (
         query.is_cuda
-        and query.dtype != torch.float32
+        and value.dtype != torch.float32
         and query.shape[-1] == value.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
@@ -123,14 +125,17 @@ def _varlen(
     query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, pack: Pack, asked: Asked
 ) -> Tensor:
     tensors = pack.on(query_HTD.device)
-    key_TKD, value_TKD = key_KTD.transpose(0, 1), value_KTD.transpose(0, 1)
+    # Under autocast the rotary embedding leaves queries and keys in float32.
+    query_THD, key_TKD, value_TKD = (
+        x.transpose(0, 1).to(value_KTD.dtype) for x in (query_HTD, key_KTD, value_KTD)
+    )
     if tensors.keys is not None:
         key_TKD, value_TKD = key_TKD[tensors.keys], value_TKD[tensors.keys]
     # (left, right): a window of w keys, itself included, is w - 1 to the left. Where there are more
     # keys than queries, the last of both are at the same position.
     window = (-1 if asked.sliding_window is None else asked.sliding_window - 1, 0)
     output_THD = varlen_attn(
-        query_HTD.transpose(0, 1),
+        query_THD,
         key_TKD,
         value_TKD,
         tensors.query_bounds,

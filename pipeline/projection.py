@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
@@ -53,7 +54,9 @@ class Projection:
             local = torch.where(inside, targets_S - begin, 0)
             found = logits_SC.gather(1, local.unsqueeze(1)).squeeze(1)
             picked_S = torch.where(inside, found, picked_S)
-            total_S = torch.logaddexp(total_S, torch.logsumexp(logits_SC, dim=-1))
+            # The chunk's log-sum-exp; logsumexp itself sweeps the logits five times.
+            chunk_S = F.cross_entropy(logits_SC, local, reduction="none") + found
+            total_S = torch.logaddexp(total_S, chunk_S)
         return total_S - picked_S
 
     def chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -238,6 +238,17 @@ def test_values_may_have_another_width_than_keys() -> None:
     torch.testing.assert_close(output, torch.cat(expected, dim=2).transpose(1, 2))
 
 
+def test_autocast_rounds_no_scores_of_attention() -> None:
+    """It would multiply queries and keys in bfloat16, whatever they are."""
+    torch.manual_seed(0)
+    query, key, value = (5 * torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    layer, pack = torch.nn.Linear(1, 1), Pack((7, 5))
+    expected, _ = packed_attention(layer, query, key, value, None, cherry_pack=pack)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = packed_attention(layer, query, key, value, None, cherry_pack=pack)
+    torch.testing.assert_close(output, expected)
+
+
 def test_padded_batches_stay_within_the_budget_with_their_padding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
