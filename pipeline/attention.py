@@ -105,7 +105,7 @@ def packed_attention(
     asked = Asked(scale, sliding_window, softcap, s_aux)
     takes_varlen = asked.fused and _varlen_takes(query_1HTD, value_1KTD)
     attend = _varlen if takes_varlen else grouped_attention
-    # What each of them rounds, and what not, autocast would not know.
+    # Each rounds what it may; autocast would round the scores as well.
     with torch.autocast(query_1HTD.device.type, enabled=False):
         output_THD = attend(query_1HTD[0], key_1KTD[0], value_1KTD[0], cherry_pack, asked)
     return output_THD[None], None
