@@ -87,9 +87,9 @@ def connected() -> Iterator[None]:
 def _local_on_loopback() -> Iterator[None]:
     """A local Ray that starts meanwhile listens on this machine alone.
 
-    Else it listens on all interfaces, and hangs for ever once the machine's address is another, as
-    it is after a VPN has connected. The switch is Ray's own, for macOS and Windows;
-    `ray.init(_node_ip_address=…)` takes no loopback address.
+    Else it listens on all interfaces, and hangs for ever once the machine has lost the address that
+    it began with. The switch is Ray's own, for macOS and Windows; `ray.init(_node_ip_address=…)`
+    takes no loopback address.
     """
     everywhere = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False

@@ -154,6 +154,7 @@ def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         common = pa.unify_schemas(both, promote_options="permissive").field("column").type
         for kind in (one, other):  # int64 and decimal(20, 2) widen to what no int64 can become
             pa.nulls(1, kind).cast(common)
+    # Not ArrowException, which they all are: so is running out of memory, and it says nothing here.
     except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return None  # their base is running out of memory too
+        return None
     return common

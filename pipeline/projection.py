@@ -54,7 +54,7 @@ class Projection:
             local = torch.where(inside, targets_S - begin, 0)
             found = logits_SC.gather(1, local.unsqueeze(1)).squeeze(1)
             picked_S = torch.where(inside, found, picked_S)
-            # The chunk's log-sum-exp; logsumexp itself sweeps the logits five times.
+            # The chunk's log-sum-exp; logsumexp itself sweeps the logits several times.
             chunk_S = F.cross_entropy(logits_SC, local, reduction="none") + found
             total_S = torch.logaddexp(total_S, chunk_S)
         return total_S - picked_S

@@ -249,6 +249,18 @@ def test_autocast_rounds_no_scores_of_attention() -> None:
     torch.testing.assert_close(output, expected)
 
 
+def test_queries_stay_float32_beside_values_in_half_precision() -> None:
+    """As the rotary embedding leaves them under autocast; the fused kernel takes one dtype only."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 606, 8) for heads in (4, 2, 2))
+    value = value.bfloat16()
+    layer, pack = torch.nn.Linear(1, 1), Pack((600, 6))
+    output, _ = packed_attention(layer, query, key, value, None, cherry_pack=pack)
+    expected, _ = packed_attention(layer, query, key, value.float(), None, cherry_pack=pack)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_padded_batches_stay_within_the_budget_with_their_padding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
