@@ -1,6 +1,7 @@
 """One forward pass of sequences that lie end to end: packed, or padded the model's own way."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.attention import PACKED
-from pipeline.devices import to_device
+from pipeline.devices import fast_float32, to_device
 from pipeline.packing import Pack
 from pipeline.sharing import TokenIds
 
@@ -41,11 +42,15 @@ def keep_float32_between_layers(model: Any) -> None:
         _float32_between_layers.discard(model)
 
 
-def _products(model: Any) -> AbstractContextManager[None]:
+@contextmanager
+def _products(model: Any) -> Iterator[None]:
     """Matrix products in the dtype of the weights, whatever meets them."""
-    if model not in _float32_between_layers:
-        return nullcontext()
-    return torch.autocast(model.device.type, next(model.parameters()).dtype)
+    with ExitStack() as stack:
+        stack.enter_context(fast_float32(model.device))
+        if model in _float32_between_layers:
+            dtype = next(model.parameters()).dtype
+            stack.enter_context(torch.autocast(model.device.type, dtype))
+        yield
 
 
 # T=tokens of all sequences, M=hidden size, V=vocabulary, B=sequences, L=longest of them

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.devices import fast_float32, products_by_onednn
+
 _TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
 """Scored tokens and vocabulary entries projected at once. 8 MB of float32 stay in a CPU's cache;
 on a GPU, where the kernel does not do it, 256 MiB and some of these at once, whatever the
@@ -81,17 +83,11 @@ def _product(hidden_SM: Tensor, chunk_CM: Tensor) -> Tensor:
     dtype = chunk_CM.dtype
     if hidden_SM.is_cuda and dtype != torch.float32:
         return torch.mm(hidden_SM, chunk_CM.T, out_dtype=torch.float32)
-    one_SM, other_CM = hidden_SM.float(), chunk_CM.float()
-    if dtype != torch.bfloat16:
-        return one_SM @ other_CM.T
-    # A CPU's bfloat16 product comes out rounded. Its float32 product may round what goes in to
-    # bfloat16, which these are already: exact, and faster where hardware has bfloat16.
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        return one_SM @ other_CM.T
-    finally:
-        settings.fp32_precision = before
+    # A CPU's bfloat16 product comes out rounded; that of bfloat16 values in float32 does not, and
+    # oneDNN, which may round them to bfloat16, finds nothing to round.
+    exact = dtype == torch.bfloat16
+    with products_by_onednn() if exact else fast_float32(hidden_SM.device):
+        return hidden_SM.float() @ chunk_CM.float().T
 
 
 class LogitTransform(NamedTuple):

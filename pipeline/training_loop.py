@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline import batches, checkpoints
 from pipeline.config_training import TrainConfig
+from pipeline.devices import fast_float32
 from pipeline.errors import TrainingError
 from pipeline.forward import longest_together
 from pipeline.parallel import parallel, rank, sum_over_workers, synchronised, world_size
@@ -163,7 +164,8 @@ def _backward(
         weight = scale if len(pack) else 0.0
         # Workers wait for each other: one without a row joins in with one that weighs nothing.
         some = pack if len(pack) else rows[:1]
-        with synchronised(wrapped, number == len(packs) - 1):
+        last = number == len(packs) - 1
+        with synchronised(wrapped, last), fast_float32(total.device):
             nll = forward_pack(wrapped, examples, some, dtype)
             (nll * weight).backward()
         total += nll.detach().double() * weight

@@ -45,7 +45,7 @@ from transformers.pytorch_utils import Conv1D
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from pipeline.devices import auto_dtype, keep_freed_memory  # noqa: E402
+from pipeline.devices import auto_dtype, fast_float32, keep_freed_memory  # noqa: E402
 from pipeline.engine import Engine, TokenSequence  # noqa: E402
 from pipeline.packing import Pack, lay_out, plan_packs  # noqa: E402
 from pipeline.sharing import SHARES, find_equal, find_prefixes  # noqa: E402
@@ -376,7 +376,8 @@ def matrix_ceiling(device: str, dtype: torch.dtype) -> float:
     for _ in range(8):
         synchronise(device)
         begun = time.perf_counter()
-        one @ other
+        with fast_float32(one.device):
+            one @ other
         synchronise(device)
         best = min(best, time.perf_counter() - begun)
     return 2.0 * size**3 / best

@@ -1,0 +1,103 @@
+"""What devices.py does to a process: which library multiplies, and in which pages memory lies."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import devices
+from pipeline.devices import fast_float32, products_by_onednn
+
+CPU = torch.device("cpu")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.parametrize("rows", [16, 300, 4096])
+@pytest.mark.parametrize(("inner", "columns"), [(64, 64), (576, 192), (1536, 576), (4096, 96)])
+def test_the_faster_product_of_float32_rounds_nothing(rows: int, inner: int, columns: int) -> None:
+    one, other = torch.randn(rows, inner), torch.randn(columns, inner)
+    exact = one.double() @ other.double().T
+    with fast_float32(CPU):
+        found = one @ other.T
+    # Rounded to bfloat16 beforehand, the products would be off by some thousandths.
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("keys", [30, 300])
+def test_the_faster_product_of_batches_rounds_nothing(keys: int) -> None:
+    band, one, other = torch.randn(1, keys), torch.randn(3, 300, 64), torch.randn(3, keys, 64)
+    exact = torch.baddbmm(band.double(), one.double(), other.double().transpose(1, 2), alpha=0.125)
+    with fast_float32(CPU):
+        found = torch.baddbmm(band, one, other.transpose(1, 2), alpha=0.125)
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_amd_with_avx512_multiplies_float32_by_onednn() -> None:
+    cpu = torch.cpu.get_capabilities()
+    if "AMD" not in cpu.get("cpu_name", "") or not cpu.get("avx512_f"):
+        pytest.skip("MKL is not slow here")
+    code = (
+        "import torch; from pipeline.devices import fast_float32\n"
+        "one = torch.randn(512, 512)\n"
+        "one @ one; print('then', flush=True)\n"
+        "with fast_float32(torch.device('cpu')): one @ one\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"ONEDNN_VERBOSE": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, _, after = done.stdout.partition("then")
+    assert not re.search("exec.*matmul.*512x512:512x512", before)
+    assert re.search("exec.*matmul.*512x512:512x512", after)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_library_that_rounds_is_not_taken(monkeypatch: pytest.MonkeyPatch, rounds: bool) -> None:
+    amd = {"cpu_name": "AMD EPYC", "avx512_f": True}
+    dtype = torch.bfloat16 if rounds else torch.float64
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: amd)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda one, other: torch.mm(one.to(dtype), other.to(dtype)).float(),
+    )
+    devices._mkl_is_slow.cache_clear()
+    try:
+        assert devices._mkl_is_slow() is not rounds
+    finally:
+        devices._mkl_is_slow.cache_clear()
+
+
+def test_the_choice_of_library_ends_with_its_block() -> None:
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    with pytest.raises(ZeroDivisionError), products_by_onednn():
+        raise ZeroDivisionError
+    assert settings.fp32_precision == before
+
+
+def test_activations_lie_in_huge_pages() -> None:
+    if not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text():
+        pytest.skip("the system gives no huge pages")
+    code = (
+        "import torch; from pipeline.devices import keep_freed_memory\n"
+        "keep_freed_memory(); kept = torch.ones(50_000_000)\n"
+        "print(open('/proc/self/smaps_rollup').read())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"AnonHugePages:\s+(\d+) kB", done.stdout)
+    assert found
+    assert int(found[1]) > 100_000
