@@ -7,10 +7,11 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.attention import PACKED
-from pipeline.devices import fast_float32, to_device
+from pipeline.devices import CPU_MULTIPLE, fast_float32, to_device
 from pipeline.packing import Pack
 from pipeline.sharing import TokenIds
 
@@ -57,6 +58,9 @@ def _products(model: Any) -> Iterator[None]:
 def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
     """Last hidden states of a pack, shape (T, M), in the model's dtype or float32."""
     _use_attention(model, PACKED)
+    num_tokens = len(ids_T)
+    if model.device.type == "cpu":
+        pack, ids_T = _filled_up(pack, ids_T)
     with _products(model):
         output = model.base_model(
             input_ids=ids_T.unsqueeze(0).to(model.device),
@@ -64,7 +68,16 @@ def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
             use_cache=False,
             cherry_pack=pack,
         )
-    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+    return output.last_hidden_state[0, :num_tokens]  # type: ignore[no-any-return]
+
+
+def _filled_up(pack: Pack, ids_T: Tensor) -> tuple[Pack, Tensor]:
+    """A pack with a last stretch that nobody asks about, for a multiple of CPU_MULTIPLE tokens."""
+    missing = -len(ids_T) % CPU_MULTIPLE
+    if not missing:
+        return pack, ids_T
+    parents = pack.parents and (*pack.parents, -1)
+    return Pack((*pack.lengths, missing), parents), F.pad(ids_T, (0, missing))
 
 
 def run_padded(

@@ -18,11 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.devices import products_by_mkl
 from pipeline.packing import Pack
 
 _SHORT = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}
 """Stretches of up to this many tokens are attended to in plain matrix products, on CPUs the faster
 way until about there."""
+
+_SMALL = 128
+"""Stretches of up to this many tokens are multiplied by MKL on CPUs, in float32. Longer ones, for
+which oneDNN is faster, are filled up to multiples of 32: it keeps kernels for each shape."""
 
 _GROUP_SCORES = 1 << 16
 """Scores that are computed at once, 256 KB of float32: measured best of 2^16, 2^18, 2^20, 2^22."""
@@ -58,7 +63,8 @@ class _Group:
 
     @property
     def longest(self) -> int:
-        return max(self.lengths)
+        """Tokens that each is filled up to."""
+        return _fill_up(max(self.lengths))
 
     @property
     def past(self) -> int:
@@ -119,7 +125,8 @@ def _groups(pack: Pack, num_heads: int) -> Iterator[_Group]:
     stretches = pack.stretches
     first = 0
     while first < len(stretches):
-        begin, longest, parent = stretches[first]
+        begin, length, parent = stretches[first]
+        longest = _fill_up(length)
         past = slice(0, 0)
         if parent >= 0:
             past = slice(stretches[parent][0], stretches[parent][0] + stretches[parent][1])
@@ -130,12 +137,16 @@ def _groups(pack: Pack, num_heads: int) -> Iterator[_Group]:
             last < len(stretches)
             and last - first < most
             and stretches[last][2] == parent
-            and 0.75 * longest <= stretches[last][1] <= longest
+            and 0.75 * length <= stretches[last][1] <= length
         ):
             last += 1
         lengths = tuple(length for _, length, _ in stretches[first:last])
         yield _Group(begin, begin + sum(lengths), lengths, past)
         first = last
+
+
+def _fill_up(length: int) -> int:
+    return length if length <= _SMALL else -(-length // 32) * 32
 
 
 def _fused(
@@ -146,24 +157,21 @@ def _fused(
     The parent's queries go along and are dropped: with as many queries as keys the kernel skips
     what is masked, which with fewer costs more than it saves.
     """
-    if group.past:
-        query_HTD, key_KTD, value_KTD = (
-            torch.cat([x[:, group.parent], x[:, group.begin : group.end]], dim=1)
-            for x in (query_HTD, key_KTD, value_KTD)
-        )
-    else:
-        query_HTD, key_KTD, value_KTD = (
-            x[:, group.begin : group.end] for x in (query_HTD, key_KTD, value_KTD)
-        )
+    parts = (group.parent, slice(group.begin, group.end))
+    num_tokens = group.past + group.end - group.begin
+    length = _fill_up(num_tokens)
+    query_HTD, key_KTD, value_KTD = (
+        F.pad(torch.cat([x[:, part] for part in parts], dim=1), (0, 0, 0, length - num_tokens))
+        for x in (query_HTD, key_KTD, value_KTD)
+    )
     query_HTD, key_KTD = query_HTD.to(value_KTD.dtype), key_KTD.to(value_KTD.dtype)
-    length = query_HTD.shape[1]
     window = min(asked.sliding_window or length, length)
     mask = None if window == length else _band(length, 0, window, query_HTD.device)
     output_1HTD = F.scaled_dot_product_attention(
         query_HTD[None], key_KTD[None], value_KTD[None],
         attn_mask=mask, is_causal=mask is None, scale=asked.scale, enable_gqa=True,
     )  # fmt: skip
-    return output_1HTD[0].transpose(0, 1)[group.past :]
+    return output_1HTD[0].transpose(0, 1)[group.past : num_tokens]
 
 
 # B=stretches of a group, L=longest of them, P=tokens of their parent, G=queries a key serves
@@ -175,6 +183,16 @@ def _explicit(
     Takes soft-caps and sinks, which fused kernels do not; and on short sequences it is the faster
     one on CPUs.
     """
+    if query_HTD.device.type == "cpu" and group.longest <= _SMALL:
+        with products_by_mkl():
+            output_THD = _written_out(query_HTD, key_KTD, value_KTD.float(), group, asked)
+            return output_THD.to(value_KTD.dtype)
+    return _written_out(query_HTD, key_KTD, value_KTD, group, asked)
+
+
+def _written_out(
+    query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, group: _Group, asked: Asked
+) -> Tensor:
     num_heads, _, head_dim = query_HTD.shape
     num_keys = len(key_KTD)
     batch, longest, keys = len(group.lengths), group.longest, group.past + group.longest

@@ -1,4 +1,4 @@
-"""What devices.py does to a process: which library multiplies, and in which pages memory lies."""
+"""What a process that scores on CPUs gets: the library that multiplies, memory and its pages."""
 
 import re
 import subprocess
@@ -101,3 +101,41 @@ def test_activations_lie_in_huge_pages() -> None:
     found = re.search(r"AnonHugePages:\s+(\d+) kB", done.stdout)
     assert found
     assert int(found[1]) > 100_000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_does_not_grow_with_the_lengths_seen(dtype: str) -> None:
+    """oneDNN keeps kernels for each shape: half a megabyte for each length, product and layer."""
+    code = f"""
+import numpy as np, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from pipeline.devices import keep_freed_memory
+from pipeline.engine import Engine, TokenSequence
+keep_freed_memory()
+torch.set_num_threads(1)
+config = LlamaConfig(
+    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=2,
+)
+engine = Engine(AutoModelForCausalLM.from_config(config).to(torch.{dtype}), 2048)
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def score(*lengths):
+    ids = [np.arange(n, dtype=np.int32) % 300 for n in lengths]
+    engine.score([TokenSequence(each, ((n // 2, n),)) for each, n in zip(ids, lengths)])
+for length in range(64, 1025, 64):
+    score(length)
+before = rss()
+for length in range(20, 1000, 3):
+    score(length)
+    score(length, 17)
+print(rss() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 150e6

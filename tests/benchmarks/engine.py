@@ -451,7 +451,7 @@ def ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    model = load_model(options, torch.float32)
+    model = load_model(options, auto_dtype(torch.device(options.device)))
     engine = Engine(model, options.max_batch_tokens or "auto")
     loaded = peak_bytes(options.device)
     print(f"model loaded and probed: {loaded / 2**20:,.0f} MiB")
@@ -466,6 +466,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{(number + 1) * UNIT_ROWS:9,} rows: {more:,.0f} MiB more", flush=True)
     return {
         "rows": options.rows,
+        "dtype": str(engine.dtype),
         "max_batch_tokens": engine.max_batch_tokens,
         "loaded_bytes": loaded,
         "peak_bytes": peaks[-1],
