@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.devices import CPU_MULTIPLE
 from pipeline.forward import hidden_packed, run_padded
 from pipeline.packing import Pack
 from pipeline.parallel import rank, sum_over_workers
@@ -23,6 +24,9 @@ from pipeline.training_data import Examples
 
 _TOKENS_PROJECTED = 1024
 """Tokens that meet the vocabulary at once: 1,024 x 128,000 logits are half a gigabyte."""
+
+_NO_TARGET = -100
+"""What cross_entropy takes for a token without a loss."""
 
 Deal = Callable[[Sequence[int]], list[list[list[int]]]]
 """From lengths of rows to the packs of each worker, as `batches.deal_packs`."""
@@ -53,11 +57,16 @@ class ResponseLoss(nn.Module):
             judged = _judge(logits_TV[before_S].float(), target_S)
             return judged[0].sum() if whole else judged
         hidden_SM = hidden_packed(self.model, Pack(tuple(lengths)), ids_T)[before_S]
+        num_targets = len(target_S)
+        missing = -num_targets % (1 if hidden_SM.is_cuda else CPU_MULTIPLE)
+        hidden_SM = F.pad(hidden_SM, (0, 0, 0, missing))
+        target_S = F.pad(target_S, (0, missing), value=_NO_TARGET)
         pieces = list(
             zip(hidden_SM.split(_TOKENS_PROJECTED), target_S.split(_TOKENS_PROJECTED), strict=True)
         )
         if not whole:
-            return torch.cat([_judge(self._logits(h), t) for h, t in pieces], dim=1)
+            judged = torch.cat([_judge(self._logits(h), t) for h, t in pieces], dim=1)
+            return judged[:, :num_targets]
         losses = [checkpoint(self._nll, h, t, use_reentrant=False) for h, t in pieces]
         return torch.stack(losses).sum()
 
