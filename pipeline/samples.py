@@ -93,7 +93,7 @@ _FIELDS: dict[Layout, dict[str, tuple[str, ...]]] = {
     "prompt_completion": {"prompt": ("prompt",), "response": ("completion", "response")},
     "alpaca": {
         "instruction": ("instruction",),
-        "input": ("input",),
+        "input": ("input", "context"),
         "response": ("output", "response"),
     },
 }

@@ -156,6 +156,16 @@ def test_other_names_of_a_column() -> None:
     assert find(pa.schema([("conversation", SHAREGPT)])).names == {"conversations": "conversation"}
 
 
+def test_what_an_instruction_is_about_is_not_left_out() -> None:
+    # Dolly's columns: rows scored without their passage would have another difficulty.
+    dolly = {"instruction": ["Sum up."], "context": ["Long."], "response": ["L."], "category": [""]}
+    messages = (Message("user", "Sum up."), Message("input", "Long."), Message("assistant", "L."))
+    assert read(pa.table(dolly)) == [Sample(messages)]
+    assert find(pa.table(dolly | {"input": ["x"]}).schema).names["input"] == "input"
+    with pytest.raises(InputError, match=r"'context' has type .*list.*input\.columns\.input=NAME"):
+        find(pa.table(dolly | {"context": [["Long."]]}).schema)
+
+
 def test_own_name_wins_over_another() -> None:
     schema = pa.schema([("response", TEXT), ("instruction", TEXT), ("output", TEXT)])
     assert find(schema).names["response"] == "output"
