@@ -87,10 +87,12 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def auto_batch_tokens(device: torch.device, dtype: torch.dtype, config: Any) -> int:
+def auto_batch_tokens(
+    device: torch.device, dtype: torch.dtype, config: Any, device_share: float = 1.0
+) -> int:
     """Tokens of a pack, from the kind of device and the model's shape, never from timing.
 
-    CPU: 4,096. CUDA: what fits a third of the device's memory, at most 65,536.
+    CPU: 4,096. CUDA: what fits a third of the memory that `device_share` of it is, at most 65,536.
     """
     if device.type != "cuda":
         return 4096
@@ -101,7 +103,7 @@ def auto_batch_tokens(device: torch.device, dtype: torch.dtype, config: Any) -> 
     # bounded apart (projection.py).
     bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)
     total = torch.cuda.get_device_properties(device).total_memory
-    return int(min(65536, max(2048, total / 3 / bytes_per_token) // 1024 * 1024))
+    return int(min(65536, max(2048, device_share * total / 3 / bytes_per_token) // 1024 * 1024))
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

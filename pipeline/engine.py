@@ -97,6 +97,7 @@ class Engine:
         max_length: int | None = None,
         share: Collection[Share] = SHARES,
         compiled: bool = True,
+        device_share: float = 1.0,
     ) -> None:
         """Take a loaded model in its final dtype and device, and probe it.
 
@@ -106,14 +107,15 @@ class Engine:
             max_length: Longest sequence that will come, in tokens; None is the model's positions.
             share: Work to do once for several; scores agree within rounding.
             compiled: Fuse what is not matrix product, where the device gains by it and can.
+            device_share: How much of the device is this engine's, where several share it.
         """
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         config = model.config.get_text_config()
         self.max_batch_tokens = (
-            auto_batch_tokens(self.device, self.dtype, config) if max_batch_tokens == "auto"
-            else max_batch_tokens
+            auto_batch_tokens(self.device, self.dtype, config, device_share)
+            if max_batch_tokens == "auto" else max_batch_tokens
         )  # fmt: skip
         self._longest_together = longest_together(config)
         self._vocab_size = int(config.vocab_size)

@@ -250,6 +250,7 @@ class UnitScorer:
                 settings.max_length,
                 settings.share,
                 settings.compiled,
+                device_share=min(1, self._scoring.workers.num_gpus or 1),
             )
         # Collections need not look again at what stays: they took a good part of a unit's time.
         gc.collect()

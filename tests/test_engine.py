@@ -286,14 +286,15 @@ def test_the_pack_of_a_gpu_follows_its_memory_the_dtype_and_the_shape(
     card = SimpleNamespace(total_memory=16 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
 
-    def tokens(dtype: torch.dtype, inner: int | list[int]) -> int:
+    def tokens(dtype: torch.dtype, inner: int | list[int], share: float = 1.0) -> int:
         shape = SimpleNamespace(hidden_size=4096, intermediate_size=inner)
-        return auto_batch_tokens(torch.device("cuda"), dtype, shape)
+        return auto_batch_tokens(torch.device("cuda"), dtype, shape, share)
 
     assert tokens(torch.bfloat16, 11008) == 42 * 1024
     assert tokens(torch.float32, 11008) == 21 * 1024
     assert tokens(torch.bfloat16, [8192, 11008]) == 42 * 1024  # Gemma 3n has one a layer
     assert tokens(torch.bfloat16, 200) == 65536
+    assert tokens(torch.bfloat16, 11008, share=0.5) == 21 * 1024
 
 
 def test_a_probe_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
