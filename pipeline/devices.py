@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
     glibc otherwise hands it to the system: activations of some megabytes are mapped, zeroed by page
     faults and unmapped again in every layer. SmolLM2-135M in bfloat16 on two cores scored 787
-    tokens/s without and 964 with. Huge pages came later and gave 9 % more.
+    tokens/s without and 964 with.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
     libc = ctypes.CDLL(None)
