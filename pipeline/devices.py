@@ -17,9 +17,9 @@ from torch import Tensor
 # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes.
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
 
-CPU_MULTIPLE = 64
-"""Tokens come to a CPU's products in multiples of so many. oneDNN makes kernels for each number of
-them, half a megabyte or more, and keeps some for good: actors grew by 1.1 GiB over 40,000 rows."""
+_CPU_MULTIPLE = 64
+"""Tokens come to a CPU's products in multiples of so many: oneDNN makes kernels for each number of
+them and keeps some for good (tests/test_devices.py)."""
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
@@ -33,7 +33,7 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 def fast_float32(device: torch.device) -> AbstractContextManager[None]:
     """Products of float32 by the faster of PyTorch's two libraries for CPUs, MKL and oneDNN.
 
-    MKL keeps its AVX-512 kernels for Intel's CPUs: on AMD's, oneDNN multiplies twice as fast.
+    On AMD's CPUs with AVX-512 oneDNN multiplies twice as fast.
     """
     return products_by_onednn() if device.type == "cpu" and _mkl_is_slow() else nullcontext()
 
@@ -71,6 +71,11 @@ def _mkl_is_slow() -> bool:
     exact = torch.full((256, 256), 1 + 2**-12)  # bfloat16 has 1 and 1 + 2**-7
     with products_by_onednn():
         return torch.equal(exact @ torch.eye(256), exact)
+
+
+def tokens_to_fill_up(num_tokens: int, device: torch.device) -> int:
+    """How many to add for products of few shapes; none on a GPU."""
+    return -num_tokens % _CPU_MULTIPLE if device.type == "cpu" else 0
 
 
 def keep_freed_memory() -> None:

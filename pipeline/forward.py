@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.attention import PACKED
-from pipeline.devices import CPU_MULTIPLE, fast_float32, to_device
+from pipeline.devices import fast_float32, to_device, tokens_to_fill_up
 from pipeline.packing import Pack
 from pipeline.sharing import TokenIds
 
@@ -59,8 +59,7 @@ def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
     """Last hidden states of a pack, shape (T, M), in the model's dtype or float32."""
     _use_attention(model, PACKED)
     num_tokens = len(ids_T)
-    if model.device.type == "cpu":
-        pack, ids_T = _filled_up(pack, ids_T)
+    pack, ids_T = _filled_up(pack, ids_T, model.device)
     with _products(model):
         output = model.base_model(
             input_ids=ids_T.unsqueeze(0).to(model.device),
@@ -71,9 +70,9 @@ def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
     return output.last_hidden_state[0, :num_tokens]  # type: ignore[no-any-return]
 
 
-def _filled_up(pack: Pack, ids_T: Tensor) -> tuple[Pack, Tensor]:
-    """A pack with a last stretch that nobody asks about, for a multiple of CPU_MULTIPLE tokens."""
-    missing = -len(ids_T) % CPU_MULTIPLE
+def _filled_up(pack: Pack, ids_T: Tensor, device: torch.device) -> tuple[Pack, Tensor]:
+    """A pack with a last stretch that nobody asks about, where the device wants one."""
+    missing = tokens_to_fill_up(len(ids_T), device)
     if not missing:
         return pack, ids_T
     parents = pack.parents and (*pack.parents, -1)

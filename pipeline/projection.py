@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.devices import CPU_MULTIPLE, fast_float32, products_by_onednn
+from pipeline.devices import fast_float32, products_by_onednn, tokens_to_fill_up
 
 _TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
 """Scored tokens and vocabulary entries projected at once. 8 MB of float32 stay in a CPU's cache;
@@ -45,7 +45,7 @@ class Projection:
             bias_V = getattr(self._head, "bias", None)
             return cross_entropy(hidden_SM, weight_VM, bias_V, targets_S, *self._transform)
         rows, _ = _tile(hidden_SM)
-        missing = -len(targets_S) % (1 if hidden_SM.is_cuda else CPU_MULTIPLE)
+        missing = tokens_to_fill_up(len(targets_S), hidden_SM.device)
         hidden, targets = F.pad(hidden_SM, (0, 0, 0, missing)), F.pad(targets_S, (0, missing))
         pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.cat([self._nll(*piece) for piece in pieces])[: len(targets_S)]

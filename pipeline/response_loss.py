@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.devices import CPU_MULTIPLE
+from pipeline.devices import tokens_to_fill_up
 from pipeline.forward import hidden_packed, run_padded
 from pipeline.packing import Pack
 from pipeline.parallel import rank, sum_over_workers
@@ -58,7 +58,7 @@ class ResponseLoss(nn.Module):
             return judged[0].sum() if whole else judged
         hidden_SM = hidden_packed(self.model, Pack(tuple(lengths)), ids_T)[before_S]
         num_targets = len(target_S)
-        missing = -num_targets % (1 if hidden_SM.is_cuda else CPU_MULTIPLE)
+        missing = tokens_to_fill_up(num_targets, hidden_SM.device)
         hidden_SM = F.pad(hidden_SM, (0, 0, 0, missing))
         target_S = F.pad(target_S, (0, missing), value=_NO_TARGET)
         pieces = list(

@@ -1,5 +1,6 @@
 """What a process that scores on CPUs gets: the library that multiplies, memory and its pages."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,19 @@ from pipeline.devices import fast_float32, products_by_onednn
 
 CPU = torch.device("cpu")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def said_by(code: str, **variables: str) -> str:
+    """What a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | variables,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
 
 
 @pytest.mark.parametrize("rows", [16, 300, 4096])
@@ -45,15 +59,8 @@ def test_amd_with_avx512_multiplies_float32_by_onednn() -> None:
         "one @ one; print('then', flush=True)\n"
         "with fast_float32(torch.device('cpu')): one @ one\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"ONEDNN_VERBOSE": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    before, _, after = done.stdout.partition("then")
+    said = said_by(code, ONEDNN_VERBOSE="1")
+    before, _, after = said.partition("then")
     assert not re.search("exec.*matmul.*512x512:512x512", before)
     assert re.search("exec.*matmul.*512x512:512x512", after)
 
@@ -91,14 +98,8 @@ def test_activations_lie_in_huge_pages() -> None:
         "keep_freed_memory(); kept = torch.ones(50_000_000)\n"
         "print(open('/proc/self/smaps_rollup').read())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = re.search(r"AnonHugePages:\s+(\d+) kB", done.stdout)
+    said = said_by(code)
+    found = re.search(r"AnonHugePages:\s+(\d+) kB", said)
     assert found
     assert int(found[1]) > 100_000
 
@@ -131,11 +132,5 @@ for length in range(20, 1000, 3):
     score(length, 17)
 print(rss() - before)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(done.stdout) < 150e6
+    said = said_by(code)
+    assert int(said) < 150e6

@@ -49,7 +49,7 @@ def counting_tokens(engine: Engine) -> Iterator[list[int]]:
     embeddings = engine.model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].numel()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.forward.CPU_MULTIPLE", 1)
+        patch.setattr("pipeline.devices._CPU_MULTIPLE", 1)
         yield counts
     hook.remove()
 
