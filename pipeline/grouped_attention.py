@@ -27,7 +27,10 @@ way until about there."""
 
 _SMALL = 128
 """Stretches of up to this many tokens are multiplied by MKL on CPUs, in float32. Longer ones, for
-which oneDNN is faster, are filled up to multiples of 32: it keeps kernels for each shape."""
+which oneDNN is faster, are filled up to multiples of 32, and so are the keys before them: it keeps
+kernels for each shape."""
+
+_MULTIPLE = 32
 
 _GROUP_SCORES = 1 << 16
 """Scores that are computed at once, 256 KB of float32: measured best of 2^16, 2^18, 2^20, 2^22."""
@@ -71,15 +74,27 @@ class _Group:
         """Tokens before each stretch."""
         return int(self.parent.stop - self.parent.start)
 
+    @property
+    def unused(self) -> int:
+        """Keys before those of the parent that fill them up, and that no query sees."""
+        return -self.past % _MULTIPLE if self.longest > _SMALL else 0
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that each is filled up to, in all."""
+        return self.unused + self.past + self.longest
+
     def additive_band(self, window: int, times: int, device: torch.device) -> Tensor:
-        """0 where query i sees key j, -inf elsewhere, float32 (times * L, P + L).
+        """0 where query i sees key j, -inf elsewhere, float32 (times * L, N).
 
         Once for each head that a key serves, one under the other; made once a pack.
         """
         asked = window, times, device
         if asked not in self._bands:
             with torch.inference_mode(False):  # it is kept, and training may use it next
-                hidden = ~_band(self.longest, self.past, window, device).repeat(times, 1)
+                seen = _band(self.longest, self.unused + self.past, window, device)
+                seen[:, : self.unused] = False
+                hidden = ~seen.repeat(times, 1)
                 band = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
             self._bands[asked] = band
         return self._bands[asked]
@@ -146,7 +161,7 @@ def _groups(pack: Pack, num_heads: int) -> Iterator[_Group]:
 
 
 def _fill_up(length: int) -> int:
-    return length if length <= _SMALL else -(-length // 32) * 32
+    return length if length <= _SMALL else length + -length % _MULTIPLE
 
 
 def _fused(
@@ -174,7 +189,7 @@ def _fused(
     return output_1HTD[0].transpose(0, 1)[group.past : num_tokens]
 
 
-# B=stretches of a group, L=longest of them, P=tokens of their parent, G=queries a key serves
+# B=stretches of a group, L=longest of them, N=keys, G=queries that a key serves
 def _explicit(
     query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, group: _Group, asked: Asked
 ) -> Tensor:
@@ -194,16 +209,16 @@ def _written_out(
     query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, group: _Group, asked: Asked
 ) -> Tensor:
     num_heads, _, head_dim = query_HTD.shape
-    num_keys = len(key_KTD)
-    batch, longest, keys = len(group.lengths), group.longest, group.past + group.longest
+    num_shared = len(key_KTD)
+    batch, longest, keys = len(group.lengths), group.longest, group.num_keys
     # Heads that share keys are rows of one product: keys are never repeated.
     query_BLHD = _padded(query_HTD, group).float()
-    query_BKGLD = query_BLHD.unflatten(2, (num_keys, -1)).permute(0, 2, 3, 1, 4)
-    key = _after(key_KTD[:, group.parent], _padded(key_KTD, group)).float()
-    value = _after(value_KTD[:, group.parent], _padded(value_KTD, group))
-    query = query_BKGLD.reshape(batch * num_keys, -1, head_dim)
+    query_BKGLD = query_BLHD.unflatten(2, (num_shared, -1)).permute(0, 2, 3, 1, 4)
+    key = _with_parent(key_KTD, group).float()
+    value = _with_parent(value_KTD, group)
+    query = query_BKGLD.reshape(batch * num_shared, -1, head_dim)
     window = min(asked.sliding_window or keys, keys)
-    band = group.additive_band(window, num_heads // num_keys, query.device)
+    band = group.additive_band(window, num_heads // num_shared, query.device)
     if asked.softcap is None:
         band = band.expand(len(query), *band.shape)
         scores = torch.baddbmm(band, query, key.transpose(1, 2), alpha=asked.scale)
@@ -215,7 +230,7 @@ def _written_out(
         sinks = asked.sinks_H.float().reshape(1, -1, 1, 1).expand(batch, num_heads, longest, 1)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :keys].to(value.dtype)
-    output = torch.bmm(weights.reshape(batch * num_keys, -1, keys), value)
+    output = torch.bmm(weights.reshape(batch * num_shared, -1, keys), value)
     output_BHLD = output.view(batch, num_heads, longest, -1)
     output_THD = output_BHLD.transpose(1, 2).flatten(0, 1)
     return output_THD if group.padded_T is None else output_THD[group.padded_T]
@@ -231,11 +246,12 @@ def _padded(x_HTD: Tensor, group: _Group) -> Tensor:
     return x_THD.view(len(group.lengths), group.longest, *x_THD.shape[1:])
 
 
-def _after(past_KPD: Tensor, x_BLKD: Tensor) -> Tensor:
-    """Keys or values of a group behind those of its parent: (B * K, P + L, D)."""
-    x_BKLD = x_BLKD.transpose(1, 2)
-    if past_KPD.shape[1]:
-        x_BKLD = torch.cat([past_KPD.expand(len(x_BKLD), *past_KPD.shape), x_BKLD], dim=2)
+def _with_parent(x_KTD: Tensor, group: _Group) -> Tensor:
+    """Keys or values of a group behind those of its parent: (B * K, N, D)."""
+    x_BKLD = _padded(x_KTD, group).transpose(1, 2)
+    if group.past:
+        parent_KPD = F.pad(x_KTD[:, group.parent], (0, 0, group.unused, 0))
+        x_BKLD = torch.cat([parent_KPD.expand(len(x_BKLD), *parent_KPD.shape), x_BKLD], dim=2)
     return x_BKLD.flatten(0, 1)
 
 

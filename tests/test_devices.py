@@ -124,12 +124,18 @@ def rss():
 def score(*lengths):
     ids = [np.arange(n, dtype=np.int32) % 300 for n in lengths]
     engine.score([TokenSequence(each, ((n // 2, n),)) for each, n in zip(ids, lengths)])
+def score_behind(past, own):
+    before = np.arange(past, dtype=np.int32) % 300
+    ids = [np.append(before, (np.arange(own) + k) % 300).astype(np.int32) for k in (100, 101)]
+    engine.score([TokenSequence(each, ((past + 1, past + own),)) for each in ids])
 for length in range(64, 1025, 64):
     score(length)
+    score_behind(length, 200)
 before = rss()
 for length in range(20, 1000, 3):
     score(length)
     score(length, 17)
+    score_behind(length, 200)
 print(rss() - before)
 """
     said = said_by(code)
