@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.errors import AccountingError, InputError
 from pipeline.schemas import LEDGER, STATUSES
 from pipeline.units import Plan
@@ -61,7 +61,7 @@ class Audit:
 
     def changed(self, plan: Plan) -> list[str]:
         """Units whose part is not the object any more that was read."""
-        names = storage.list_names(plan.scores_url)
+        names = listing.list_names(plan.scores_url)
         return [i for i, e in self.entries.items() if names.get(f"{i}.parquet") != e.version]
 
 
@@ -71,7 +71,7 @@ def audit(plan: Plan) -> Audit:
     Raises:
         AccountingError: A part is missing, unreadable, or does not hold exactly its unit's rows.
     """
-    names = storage.list_names(plan.scores_url)
+    names = listing.list_names(plan.scores_url)
     known = _read_ledger(plan)
     entries: dict[str, Entry] = {}
     fresh: list[tuple[str, str, str, int, int]] = []

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.errors import StorageError
 from pipeline.parallel import agreed, rank, world_size
 
@@ -99,5 +99,5 @@ def _write(state: Any, path: str) -> None:
 
 
 def _steps(url: str) -> list[int]:
-    names = storage.list_names(url)
+    names = listing.list_names(url)
     return [int(n[5:13]) for n in names if n.startswith("step-") and n.endswith(".pt")]

@@ -31,7 +31,7 @@ from pipeline.manifests import Finished
 from pipeline.phases import Embedded
 from pipeline.run import Result
 from pipeline.submitting import Submitted
-from pipeline.summary import failed_fraction
+from pipeline.summary import Summary, failed_fraction
 from pipeline.terminal import print_json, say, speaking
 from pipeline.watching import Progress
 
@@ -109,13 +109,25 @@ def experience(
 @app.command()
 def train(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train the base model on the cherry subset."""
-    _watch(flow.train, report.show_trained, _finished_json, path, overrides, as_json)
+    settings, (_, summary) = _watch(
+        flow.train,
+        lambda found, console: report.show_trained(found[0], console),
+        lambda found: _finished_json(found[0]) | {"skipped_shards": found[1].skipped_shards},
+        path, overrides, as_json,
+    )  # fmt: skip
+    _check_summary(settings, summary)
 
 
 @app.command()
 def compare(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train on the cherry subset and on random controls; judge them by held-out rows."""
-    _watch(flow.compare, comparison_report.show, _comparison_json, path, overrides, as_json)
+    settings, (_, summary) = _watch(
+        flow.compare,
+        lambda found, console: comparison_report.show(found[0], console),
+        lambda found: _comparison_json(found[0]) | {"skipped_shards": found[1].skipped_shards},
+        path, overrides, as_json,
+    )  # fmt: skip
+    _check_summary(settings, summary)
 
 
 @app.command()
@@ -250,7 +262,10 @@ def _show_run(
     as_json: bool,
 ) -> None:
     settings, result = _watch(command, report.show, _summary_json, path, overrides, as_json)
-    summary = result.summary
+    _check_summary(settings, result.summary)
+
+
+def _check_summary(settings: config.Config, summary: Summary) -> None:
     _check_tolerance(settings, summary.rows_by_status, summary.skipped_shards, summary.scores_path)
 
 

@@ -157,4 +157,7 @@ def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     # Not ArrowException, which they all are: so is running out of memory, and it says nothing here.
     except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
+    # Of a decimal and a double, also inside others, pyarrow makes a double: it would round.
+    if any(str(common).count("decimal") < str(kind).count("decimal") for kind in (one, other)):
+        return None
     return common

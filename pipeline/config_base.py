@@ -5,7 +5,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Layout = Literal["alpaca", "prompt_completion", "messages", "sharegpt"]
-ColumnField = Literal["instruction", "input", "response", "prompt", "messages", "conversations"]
+ColumnField = Literal[
+    "instruction", "input", "response", "system", "history", "prompt", "messages", "conversations"
+]
 
 
 class Section(BaseModel):

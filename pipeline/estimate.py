@@ -136,14 +136,14 @@ def _read(units: Sequence[Unit], drawn: npt.NDArray[np.int64]) -> list[Sample]:
     ends = np.cumsum([unit.num_rows for unit in units])
     by_unit = np.searchsorted(ends, drawn, side="right")
     jobs = []
-    for read_url, group in itertools.groupby(
+    for _, group in itertools.groupby(
         np.unique(by_unit).tolist(), key=lambda index: units[index].read_url
     ):
         rows = []
         for index in group:
             unit = units[index]
             rows.append(drawn[by_unit == index] - (ends[index] - unit.num_rows) + unit.start)
-        jobs.append((read_url, np.concatenate(rows), unit.columns))
+        jobs.append((unit.file, np.concatenate(rows), unit.columns))
     with ThreadPoolExecutor(_READERS) as pool:
         tables = pool.map(lambda j: take_rows(j[0], j[1], [*j[2].names.values(), BAD_LINE]), jobs)
         return [

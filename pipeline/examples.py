@@ -18,11 +18,9 @@ import pyarrow as pa
 from pipeline.config_select import Format
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
-from pipeline.samples import Columns, Message, Sample, read_samples
+from pipeline.layouts import Columns
+from pipeline.samples import Message, Sample, read_samples
 from pipeline.templates import chat_messages, until_last_answer
-
-CHATS = ("messages", "sharegpt")
-"""Layouts whose samples may have a system message and several turns."""
 
 _EXTRA_KEYS = ("name", "tool_call_id", "tool_calls")
 _LINE_ENDS = str.maketrans({"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"})
@@ -33,8 +31,8 @@ def message_keys(corpus: Corpus) -> tuple[str, ...]:
     """What messages of any shard have besides role and content."""
     found: set[str] = set()
     for shard in corpus.shards:
-        if shard.columns.layout in CHATS:
-            for column in shard.columns.names.values():
+        for name in ("messages", "conversations"):
+            if column := shard.columns.names.get(name):
                 found |= {field.name for field in shard.schema.field(column).type.value_type}
     return tuple(key for key in _EXTRA_KEYS if key in found)
 
@@ -44,7 +42,7 @@ def example_keys(corpus: Corpus, form: Format) -> tuple[str, ...]:
     if form == "messages_jsonl":
         return ("messages",)
     if form == "alpaca_jsonl":
-        chats = any(shard.columns.layout in CHATS for shard in corpus.shards)
+        chats = any(shard.columns.chats for shard in corpus.shards)
         return ("instruction", "input", "output", *(("system", "history") if chats else ()))
     return ()
 

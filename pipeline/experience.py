@@ -156,7 +156,7 @@ def _rows_of_shard(
     units: list[Unit], rows: npt.NDArray[np.int64], url: str, own: list[pa.Field]
 ) -> pa.Table:
     """Rows of a shard, ascending, with their own columns and sample_id."""
-    read = take_rows(units[0].read_url, rows, {field.name for field in own})
+    read = take_rows(units[0].file, rows, {field.name for field in own})
     ids: list[bytes] = []
     pairs = zip(units, rows.tolist(), strict=True)
     for unit, some in itertools.groupby(pairs, key=lambda pair: pair[0]):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.errors import InputError
 from pipeline.ingest import INGEST_VERSION
-from pipeline.storage import ObjectInfo
+from pipeline.listing import ObjectInfo
 
 _SCHEMA = pa.schema(
     [
@@ -123,7 +123,7 @@ def save(output: str, known: Known) -> None:
 
 def _pieces_there(output: str) -> set[str]:
     folder = storage.join(storage.absolute(output), "ingest")
-    return {entry.url for entry in storage.list_objects(folder)}
+    return {entry.url for entry in listing.list_objects(folder)}
 
 
 def _url(output: str) -> str:

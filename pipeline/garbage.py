@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.errors import InputError
 from pipeline.job import Job
-from pipeline.storage import ObjectInfo
+from pipeline.listing import ObjectInfo
 from pipeline.uploads import Upload, abort_upload, dangling_uploads
 
 KEEP_S = 24 * 3600.0
@@ -69,7 +69,7 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     folders = [job.plan.scores_url for job in jobs]
     if all_scores:
         folders = [storage.join(output, name) for name in ("scores", "embeddings")]
-    listed = [e for f in folders if storage.exists(f) for e in storage.list_objects(f)]
+    listed = [e for f in folders if storage.exists(f) for e in listing.list_objects(f)]
     # Whatever else lies there is somebody's.
     parts = [entry for entry in listed if _PART_NAME.fullmatch(_name_of(entry.url))]
     # By their last two names: s3a:// and s3:// are one bucket.

@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.errors import InputError
+from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
-from pipeline.storage import ObjectInfo
 from pipeline.storage_faults import reading
 
 INGEST_VERSION = 1
@@ -35,19 +35,27 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
     key = hashlib.sha256(identity.encode()).hexdigest()[:24]
     folder = storage.join(storage.absolute(output), "ingest", key)
     done = storage.join(folder, "_DONE.json")
-    there = storage.list_names(folder)
+    there = listing.list_names(folder)
     if "_DONE.json" in there:
         names = json.loads(storage.read_bytes(done))["pieces"]
         if set(names) <= there.keys():  # else somebody cleaned up
             return [storage.join(folder, name) for name in names]
+    if not entry.size and entry.url.lower().endswith(tuple(COMPRESSIONS)):
+        raise InputError(
+            f"input {entry.url}: it has 0 bytes, which no compressed file has. Upload it again, or "
+            "set input.on_bad_shard: skip."
+        )
     names = []
     num_good = num_bad = 0
     for number, rows in enumerate(_pieces(_read_rows(entry.url))):
         num_good += sum(row is not None for row, _, _ in rows)
         num_bad += sum(row is None for row, _, _ in rows)
-        name = f"piece-{number:05d}.parquet"
-        storage.publish(storage.join(folder, name), _to_parquet(rows))
+        piece = _to_parquet(rows)
+        # Named by content: what a run that is refused below has left there is no other's piece.
+        name = f"piece-{number:05d}-{hashlib.sha256(piece).hexdigest()[:16]}.parquet"
+        storage.publish(storage.join(folder, name), piece)
         names.append(name)
+    listing.refuse_changed(entry)
     if num_bad and not num_good:
         raise InputError(
             f"input {entry.url}: none of its {num_bad:,} lines is a JSON object. Expected one "
@@ -164,6 +172,11 @@ def _column(values: list[Any]) -> tuple[pa.Array, dict[int, str]]:
             seen = pa.schema([("v", pa.array([value]).type)])
             both = [pa.schema([("v", kind)]), seen]
             kind = pa.unify_schemas(both, promote_options="permissive").field("v").type
+        except (pa.ArrowException, OverflowError) as err:
+            faults[index] = str(err).splitlines()[0]
+    for index, value in enumerate(values):
+        try:  # an integer that no double holds, beside doubles
+            pa.array([None if index in faults else value], kind)
         except (pa.ArrowException, OverflowError) as err:
             faults[index] = str(err).splitlines()[0]
     kept = [None if index in faults else value for index, value in enumerate(values)]

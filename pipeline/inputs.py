@@ -4,6 +4,7 @@ Parquet is listed as it is; JSON and JSONL (also .gz, .zst) come through ingest.
 earlier run has seen are not opened again: see footers.py.
 """
 
+import logging
 import re
 import threading
 from collections import Counter
@@ -12,14 +13,16 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline import footers, storage
+from pipeline import footers, listing, storage
 from pipeline.config import InputConfig
 from pipeline.errors import InputError
 from pipeline.footers import Footer, Known
 from pipeline.ingest import COMPRESSIONS, SUFFIXES, ingest
-from pipeline.samples import LAYOUT_ORDER, Columns, find_columns
+from pipeline.layouts import LAYOUT_ORDER, Columns, find_columns
+from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
-from pipeline.storage import ObjectInfo
+
+log = logging.getLogger("cherry")
 
 _INGESTING = threading.Semaphore(2)
 """Files of JSON that are parsed at once: each takes several times its text in memory."""
@@ -125,12 +128,21 @@ def remember_footers(corpus: Corpus, output: str) -> None:
 
 def _list_path(path: str) -> list[ObjectInfo]:
     try:
-        entries = storage.list_objects(path)
+        entries = listing.list_objects(path)
     except InputError as err:
         raise InputError(f"input {err}") from None
     named = len(entries) == 1 and entries[0].url == path
     fitting = [e for e in entries if _format(e.url) and (named or not _hidden(path, e.url))]
+    if unknown := next((e for e in fitting if not e.version), None):
+        raise InputError(
+            f"input {unknown.url}: its store tells neither an ETag nor when it was written, so "
+            "that nobody can see whether it changed since it was scored. Copy it to a disk or a "
+            "bucket."
+        )
     if fitting:
+        if others := [e for e in entries if not _format(e.url) and not _hidden(path, e.url)]:
+            names = ", ".join(entry.url.rpartition("/")[2] for entry in others[:3])
+            log.info("input %s: %d other files are not read (%s)", path, len(others), names)
         return fitting
     if not entries:
         raise InputError(f"input {path}: nothing is there: an empty directory, or no match.")
@@ -172,7 +184,9 @@ def _refuse_overlap(path: str, output: str) -> None:
 def _read(source: ObjectInfo, output: str) -> list[Footer] | InputError:
     try:
         if _format(source.url) == "parquet":
-            return [footers.read_footer(source.url, source.url)]
+            read = [footers.read_footer(source.url, source.url)]
+            listing.refuse_changed(source)
+            return read
         with _INGESTING:
             pieces = ingest(source, output)
         return [footers.read_footer(f"{source.url}#{n}", piece) for n, piece in enumerate(pieces)]

@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.settings import ModelRef
@@ -148,10 +148,10 @@ def _file_sha256(path: str, cache_dir: str) -> str:
     return digest
 
 
-def _files_at(url: str) -> list[storage.ObjectInfo]:
+def _files_at(url: str) -> list[listing.ObjectInfo]:
     """What lies directly under a URL: checkpoints and exports below it are other models."""
     base = storage.filesystem(url)[1].rstrip("/")
-    entries = storage.list_objects(url)
+    entries = listing.list_objects(url)
     return [e for e in entries if storage.filesystem(e.url)[1].rpartition("/")[0] == base]
 
 

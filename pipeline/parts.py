@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.errors import CherryError
 from pipeline.schemas import from_ipc
 from pipeline.units import Unit
@@ -81,7 +81,7 @@ def find_parts(units: Iterable[Unit], scores_url: str) -> Iterator[UnitDone]:
 
     What it took is not known any more: they count no tokens.
     """
-    names = storage.list_names(scores_url)
+    names = listing.list_names(scores_url)
     for unit in units:
         url = unit.part_url(scores_url)
         if url.rpartition("/")[2] in names:

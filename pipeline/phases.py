@@ -14,7 +14,16 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline import accounting, cluster, manifests, pending, storage, training, training_data
+from pipeline import (
+    accounting,
+    cluster,
+    listing,
+    manifests,
+    pending,
+    storage,
+    training,
+    training_data,
+)
 from pipeline.accounting import Audit
 from pipeline.config import Config, ModelConfig
 from pipeline.config_training import ExperienceConfig, TrainConfig
@@ -125,7 +134,7 @@ def open_subset(job: Job, subset: Finished) -> Corpus:
             "rejected_rows in its manifest."
         )
     urls = [storage.join(subset.url, part["path"]) for part in subset.manifest["parts"]]
-    sources = [entry for part in urls for entry in storage.list_objects(part)]
+    sources = [entry for part in urls for entry in listing.list_objects(part)]
     layout = job.config.input.model_copy(update={"on_bad_shard": "fail"})
     return open_sources(sources, layout, job.config.output)
 

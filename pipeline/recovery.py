@@ -3,7 +3,8 @@
 ::
 
     pass 1      all units, once          lost: its process died or hung, or it raised
-    pass 2      the lost ones, again     a spot machine that vanished does not do so twice
+    pass 2      the lost ones, again     a spot machine that vanished does not do so twice; what
+                                         was read together with a deadly row is read alone
     isolation   a unit lost twice, in    first whole; then in pieces of about the square root of
                 a process of its own     its rows; a piece that is lost, row by row
 
@@ -56,7 +57,7 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
     while offered := [unit for unit in left.values() if tried[unit.unit_id] < _PASSES]:
         broken: RayError | None = None
         try:
-            for done in stages.score_pass(offered, scoring):
+            for done in stages.score_pass(offered, scoring, alone=bool(tried)):
                 if done.failure_kind != LostUnitError.__name__:
                     del left[done.unit_id]
                     yield done

@@ -268,7 +268,7 @@ def _samples(plan: Plan, rows: list[tuple[float, int, int]], title: str) -> Tabl
     for ratio, unit_index, row in rows:
         unit = plan.units[unit_index]
         names = [*unit.columns.names.values(), BAD_LINE]
-        sample = next(read_samples(take_rows(unit.read_url, np.array([row]), names), unit.columns))
+        sample = next(read_samples(take_rows(unit.file, np.array([row]), names), unit.columns))
         prompt = " ".join(m.content for m in sample.messages if m.role in ("user", "input"))
         answer = " ".join(m.content for m in sample.messages if m.role == "assistant")
         table.add_row(f"{ratio:.4f}", Text(plain(prompt)), Text(plain(answer)))

@@ -3,78 +3,121 @@
 Without torch or transformers: a worker that only reads starts in a second.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.errors import InputError
+from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
 from pipeline.units import Unit
 
 _ROWS_PER_BATCH = 2_000
 
-
-def read_rows(unit: Unit, columns: Collection[str] | None = None) -> pa.Table:
-    """The rows of a unit; `columns` as in `take_rows`, None is the layout's own."""
-    wanted = columns or [*unit.columns.names.values(), BAD_LINE]
-    return take_rows(unit.read_url, np.arange(unit.start, unit.stop), wanted)
+_ROWS_PER_READ = 100_000
+"""Of one shard, read in one sweep: half a minute of tokenising."""
 
 
-def take_rows(url: str, rows: npt.NDArray[np.int64], columns: Collection[str]) -> pa.Table:
+def plan_reads(units: Sequence[Unit], at_least: int) -> list[list[Unit]]:
+    """Which units are read together: neighbours in a shard.
+
+    A row group has to be read from its start: one of a million rows, unit by unit, would be read a
+    thousand times.
+
+    Args:
+        units: In the order of shards and rows.
+        at_least: Reads among which the units are dealt, where there are so many units.
+    """
+    most = max(1, len(units) // at_least)
+    reads: list[list[Unit]] = []
+    for unit in units:
+        read = reads[-1] if reads else []
+        if (
+            0 < len(read) < most
+            and read[-1].read_url == unit.read_url
+            and read[-1].stop <= unit.start
+            and unit.stop - read[0].start <= _ROWS_PER_READ
+        ):
+            read.append(unit)
+        else:
+            reads.append([unit])
+    return reads
+
+
+def read_units(units: Sequence[Unit]) -> Iterator[pa.Table]:
+    """The rows of each unit of a read, one table after the other; the layout's own columns."""
+    columns = [*units[0].columns.names.values(), BAD_LINE]
+    yield from _sweep(units[0].file, [np.arange(u.start, u.stop) for u in units], columns)
+
+
+def take_rows(file: ObjectInfo, rows: npt.NDArray[np.int64], columns: Collection[str]) -> pa.Table:
     """Some rows of a shard, streaming: what is held is those rows and one batch.
 
     Args:
-        url: Where the Parquet bytes are.
+        file: Where the Parquet bytes are; without a version, one that never changes.
         rows: Numbers in the shard, ascending, each once.
         columns: Columns to read, where the shard has them; at least one that it has.
 
     Raises:
-        InputError: The shard cannot be read, or has fewer rows than its footer said.
+        InputError: The shard cannot be read, or changed since it was listed.
     """
-    with storage.open_parquet(url) as parquet:
+    (table,) = _sweep(file, [rows], columns)
+    return table
+
+
+def _sweep(
+    file: ObjectInfo, wanted: Sequence[npt.NDArray[np.int64]], columns: Collection[str]
+) -> Iterator[pa.Table]:
+    """As `take_rows` for rows, more rows that come after them, and so on: one table each."""
+    with storage.open_parquet(file.url) as parquet:
         names = [name for name in parquet.schema_arrow.names if name in columns]
         groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
-        if len(rows) and rows[-1] >= starts[-1]:
+        every = np.concatenate(wanted)
+        if len(every) and every[-1] >= starts[-1]:
             raise InputError(
-                f"{url}: got {starts[-1]} rows, expected more than {rows[-1]}: it changed while "
-                "it was read. Run again."
+                f"{file.url}: got {starts[-1]} rows, expected more than {every[-1]}: it changed "
+                "while it was read. Run again."
             )
-        empty = parquet.schema_arrow.empty_table().select(names)
-        pieces = [_without_views(empty)]
-        for group in np.unique(np.searchsorted(starts, rows, side="right") - 1):
-            first, last = np.searchsorted(rows, starts[group : group + 2])
-            pieces += _take(parquet, int(group), names, rows[first:last] - starts[group])
-        return pa.concat_tables(pieces)
+        needed = np.unique(np.searchsorted(starts, every, side="right") - 1)
+        batches = _batches(parquet, names, [(int(g), int(starts[g])) for g in needed])
+        empty = _without_views(parquet.schema_arrow.empty_table().select(names))
+        begin, batch = 0, empty
+        for rows in wanted:
+            pieces = [empty]
+            while True:
+                first, last = np.searchsorted(rows, [begin, begin + len(batch)])
+                if last - first == len(batch):
+                    pieces.append(batch)
+                elif last > first:  # copied: a slice would keep the whole batch
+                    pieces.append(batch.take(pa.array(rows[first:last] - begin)))
+                if last == len(rows):
+                    break
+                begin, batch = next(batches)
+            table = pa.concat_tables(pieces)
+            assert len(table) == len(rows)
+            if file.version:  # its scores would count as those of what was listed
+                listing.refuse_changed(file)
+            yield table
 
 
-def _take(
-    parquet: Any, group: int, names: list[str], rows: npt.NDArray[np.int64]
-) -> list[pa.Table]:
-    """Some rows of one row group, by their number in it."""
-    pieces = []
-    offset = 0
-    # A task has one core: more threads would only take turns.
-    batches = parquet.iter_batches(
-        _ROWS_PER_BATCH, row_groups=[group], columns=names, use_threads=False
-    )
-    for batch in batches:
-        first, last = np.searchsorted(rows, [offset, offset + len(batch)])
-        wanted = rows[first:last] - offset
-        # `a.b` also brings the field b of a column a.
-        table = _without_views(pa.table(batch).select(names))
-        if len(wanted) == len(table):
-            pieces.append(table)
-        elif len(wanted):  # copied: a slice would keep the whole batch
-            pieces.append(table.take(pa.array(wanted)))
-        offset += len(batch)
-        if last == len(rows):
-            break
-    return pieces
+def _batches(
+    parquet: Any, names: list[str], groups: list[tuple[int, int]]
+) -> Iterator[tuple[int, pa.Table]]:
+    """Some row groups, of which the first row's number is given, in pieces with theirs."""
+    for group, begin in groups:
+        # A task has one core: more threads would only take turns.
+        for batch in parquet.iter_batches(
+            _ROWS_PER_BATCH, row_groups=[group], columns=names, use_threads=False
+        ):
+            # `a.b` also brings the field b of a column a.
+            table = _without_views(pa.table(batch).select(names))
+            yield begin, table
+            begin += len(table)
 
 
 def _without_views(table: pa.Table) -> pa.Table:

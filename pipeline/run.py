@@ -92,8 +92,11 @@ def experience(
         return phases.experience(embedded, config.experience), embedded
 
 
-def train(config: Config, progress: Progress | None = None) -> Finished:
+def train(config: Config, progress: Progress | None = None) -> tuple[Finished, Summary]:
     """Train the base model on the cherry subset, which must be there.
+
+    Returns:
+        The model, and what its subset was selected from.
 
     Raises:
         ConfigError: The config has no `train`.
@@ -103,14 +106,19 @@ def train(config: Config, progress: Progress | None = None) -> Finished:
         raise ConfigError("key 'train': it is missing. `train: {}` takes the defaults.")
     base = check(config, selecting=True)
     with cluster.connected():
-        selected, _ = _select(_scored_before(base, time.monotonic()))
-        return phases.retrain(plan(base), selected, config.train, progress or Silence())
+        scored = _scored_before(base, time.monotonic())
+        selected, _ = _select(scored)
+        trained = phases.retrain(plan(base), selected, config.train, progress or Silence())
+        return trained, scored.summary
 
 
-def compare(config: Config, progress: Progress | None = None) -> Comparison:
+def compare(config: Config, progress: Progress | None = None) -> tuple[Comparison, Summary]:
     """Train the base model on the cherry subset and on controls, and say how they compare.
 
     What the subset needs is scored and selected first, as far as it is not.
+
+    Returns:
+        The comparison, and what its subset was selected from.
 
     Raises:
         ConfigError: The config has no `compare`.
@@ -125,9 +133,10 @@ def compare(config: Config, progress: Progress | None = None) -> Comparison:
         cluster.plan_trainers(config.cluster, train)
         scored = _score(base, progress, retry_errors=False, begun=time.monotonic())
         selected, _ = _select(scored)
-        return comparison.compare(
+        compared = comparison.compare(
             plan(base), scored.plan, selected, held_out, config.compare, train, progress
         )
+        return compared, scored.summary
 
 
 def select(config: Config) -> Result:
@@ -210,6 +219,7 @@ def _select(scored: _Scored) -> tuple[Finished, Survey | None]:
         settings,
         scored.job.score_fp,
         scored.audited,
+        len(scored.summary.skipped_shards),
     )
 
 

@@ -181,10 +181,10 @@ def read_groups(task: Task, column: str) -> pa.Array:
         InputError: A shard cannot be read, or its text is not UTF-8.
     """
     found = []
-    for url, group in itertools.groupby(task.units, key=lambda unit: unit.read_url):
+    for _, group in itertools.groupby(task.units, key=lambda unit: unit.read_url):
         units = list(group)
         rows = np.concatenate([np.arange(unit.start, unit.stop) for unit in units])
-        table = take_rows(url, rows, {column})
+        table = take_rows(units[0].file, rows, {column})
         if column not in table.schema.names:
             found.append(pa.nulls(len(rows), pa.string()))
             continue

@@ -2,14 +2,15 @@
 
 ::
 
-    unit ──> tokenise (CPU tasks) ──> score (actor pool, resident model) ──> commit (CPU tasks)
-             read rows, take known    losses of both passes,                encode, publish once,
-             scores, render and       status per row                        say what was done
-             tokenise the rest
+    units ──> tokenise (CPU tasks) ──> score (actor pool, resident model) ──> commit (CPU tasks)
+              read rows, take known    losses of both passes,                encode, publish once,
+              scores, render and       status per row                        say what was done
+              tokenise the rest
 
-A unit is one Ray row; what travels between the stages is its tables as Arrow IPC bytes, in the
-schemas of schemas.py. What is wrong with a shard, the model or storage travels as a failure.
-Whatever else goes wrong costs a unit its turn: recovery.py tries it again.
+Neighbours in a shard are read in one sweep; behind that a unit is one Ray row and one task. What
+travels between the stages is its tables as Arrow IPC bytes, in the schemas of schemas.py. What is
+wrong with a shard, the model or storage travels as a failure. Whatever else goes wrong costs a unit
+its turn: recovery.py tries it again.
 """
 
 import functools
@@ -37,26 +38,33 @@ from pipeline.engine import Engine
 from pipeline.errors import CherryError, LostUnitError, ScoringError
 from pipeline.metric import score_table
 from pipeline.parts import UnitDone, commit_unit
+from pipeline.rows import plan_reads
 from pipeline.schemas import from_ipc, hand_on
 from pipeline.settings import Scoring
-from pipeline.tokenising import deadline, renderer, tokenise_unit
+from pipeline.tokenising import deadline, renderer, tokenise_units
 from pipeline.units import Unit
 
 LOAD_TIMEOUT_S = 3600.0
 """Of fetching and loading a model: 140 GB take minutes at 1 GB/s."""
 
 _NUM_STAGES = 3
+_READS_PER_ACTOR = 8
 _MOST_LOST = 64
 """Units, besides a quarter of them, that a pass may lose with their processes: about what is in
 flight on nodes that a spot market takes back at once."""
 
 
-def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
+def score_pass(units: list[Unit], scoring: Scoring, *, alone: bool = False) -> Iterator[UnitDone]:
     """Send units through the stages once; yields each as it is done, in any order.
 
     A unit whose process dies or hangs does not come back, and neither do units that wait for the
     same process; one that raises comes back as LostUnitError. Nothing is tried twice here: by
     default Ray would give a unit that kills every process it meets the next one for ever.
+
+    Args:
+        units: In the order of shards and rows.
+        scoring: The settings.
+        alone: Read each unit in a task of its own, so that none is lost with another.
 
     Raises:
         RayError: So many units are lost that the run is broken, and not some rows: the last cause.
@@ -67,11 +75,13 @@ def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
     context.execution_options.preserve_order = False
     context.print_on_execution_start = False
     context.max_errored_blocks = _MOST_LOST + len(units) // 4
-    rows = [{"unit": unit.to_json()} for unit in units]
-    # Any: Ray types a stage's function without its fn_kwargs.
-    tokenise: Any = tokenise_unit
-    commit: Any = commit_unit
+    context.target_max_block_size = 1  # byte: each unit that a task yields is a block of its own
     workers = scoring.workers.at_most(len(units))
+    reads = plan_reads(units, len(units) if alone else _READS_PER_ACTOR * workers.actors)
+    rows = [{"units": [unit.to_json() for unit in read]} for read in reads]
+    # Any: Ray types a stage's function without its fn_kwargs.
+    tokenise: Any = tokenise_units
+    commit: Any = commit_unit
     options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     with warnings.catch_warnings():
         # Ray 2.64 will want names for max_retries and its like, and has none yet.
@@ -84,6 +94,9 @@ def score_pass(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
                 compute=TaskPoolStrategy(size=workers.tokenisers),
                 fn_kwargs={"scoring": scoring},
                 max_retries=0,
+                # It does not wait until somebody takes what it yields: it would keep its core,
+                # which those that are to take it may need.
+                _generator_backpressure_num_objects=-1,
                 **options,
             )
             .map_batches(

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from pipeline import manifests, storage
+from pipeline import listing, manifests, storage
 from pipeline.accounting import Audit
 from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows, dealt_rows
 from pipeline.columns import output_schema
@@ -38,12 +38,13 @@ def select(
     settings: SelectSettings,
     score_fp: str,
     audited: Audit,
+    skipped_shards: int = 0,
 ) -> tuple[Finished, Survey | None]:
     """Select from finished parts and write the cherry subset, its manifest last.
 
-    A selection whose manifest exists is not made again, and has no survey. Its fingerprint holds
-    the hashes of the parts, so that the same units with other bytes (rescored errors, or deleted
-    parts that another kind of device scored again) make another subset.
+    A selection whose manifest and parts exist is not made again, and has no survey. Its fingerprint
+    holds the hashes of the scores' parts, so that the same units with other bytes (rescored errors,
+    or deleted parts that another kind of device scored again) make another subset.
 
     Raises:
         ConfigError: A quota names a group that the corpus has not.
@@ -57,13 +58,14 @@ def select(
             "parts": audited.digest,
             "settings": asdict(settings),
             "writer_version": WRITER_VERSION,
+            **({"skipped_shards": skipped_shards} if skipped_shards else {}),
         }
     )
     root = storage.join(storage.absolute(output), "cherry")
     url = storage.join(root, select_fp)
     survey = None
     selected = manifests.find(url)
-    if selected is None:
+    if selected is None or not _complete(selected):
         survey, early = survey_parts(plan, settings)
         of = {"all": survey.rows, "scored": survey.scored, "eligible": survey.eligible}
         asked = asked_rows(settings, survey.groups, of[settings.of], survey.eligible)
@@ -76,6 +78,7 @@ def select(
             "score_parts": {"count": len(audited.entries), "sha256": audited.digest},
             "settings": asdict(settings),
             "rows": plan.num_rows,
+            "skipped_shards": skipped_shards,
             "rows_by_status": dict(sorted(survey.rows_by_status.items())),
             "eligible_rows": int(survey.eligible.sum()),
             "rejected_rows": dict(sorted(survey.rejected.items())),
@@ -97,6 +100,13 @@ def select(
         selected = manifests.finish(url, manifest)
     _point_latest(output, {"manifest": f"cherry/{select_fp}/_MANIFEST.json"})
     return selected, survey
+
+
+def _complete(selected: Finished) -> bool:
+    """Whether its parts are there; somebody may have cleaned up."""
+    return {part["path"] for part in selected.manifest["parts"]} <= listing.list_names(
+        selected.url
+    ).keys()
 
 
 def _outcomes(

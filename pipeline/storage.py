@@ -1,4 +1,4 @@
-"""Object storage through fsspec: read, list, and publish once.
+"""Object storage through fsspec: read, and publish once.
 
 Every object of a run is written whole and at most once. ``publish`` makes it appear atomically
 and only if it is absent, so the first writer wins and an object that exists is work that is done:
@@ -10,16 +10,13 @@ A store that fails is asked again, within bounds (for S3: ``pipeline.s3``). In t
 whole object, or an error that names it.
 """
 
-import math
 import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -34,20 +31,6 @@ from pipeline.storage_faults import changing, no_parquet, reading
 
 _READERS = 8
 """Objects that are read at a time by one process."""
-
-
-@dataclass(frozen=True)
-class ObjectInfo:
-    """One listed object."""
-
-    url: str
-    """With its protocol; a plain absolute path for local files."""
-    size: int
-    """Bytes."""
-    version: str
-    """ETag where the store has one, else modification time: changes when the content does."""
-    modified: float = field(default=math.inf, compare=False)
-    """Unix time, where it is known."""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -75,55 +58,6 @@ def absolute(url: str) -> str:
     """A local path made absolute, without `..`; other URLs as they are, less a trailing slash."""
     fs, path = filesystem(url)
     return os.path.normpath(path) if isinstance(fs, LocalFileSystem) else url.rstrip("/")
-
-
-def list_objects(url: str) -> list[ObjectInfo]:
-    """All files under a directory, matched by a glob, or the one file named; sorted by URL.
-
-    A missing directory lists as empty only where the store has no directories to miss; elsewhere
-    it raises InputError.
-    """
-    fs, path = filesystem(url)
-    with reading(url, "listed"):
-        fs.invalidate_cache()
-        if any(sign in path for sign in "*?["):
-            found = fs.glob(path, detail=True)
-        else:
-            info = fs.info(path)  # isfile and exists would take an error for a no
-            found = {path: info} if info["type"] == "file" else fs.find(path, detail=True)
-        for name, info in found.items():
-            if info.get("islink"):  # listed as neither file nor directory
-                with reading(name, "followed"):
-                    found[name] = fs.info(name)
-    return sorted(
-        (
-            ObjectInfo(
-                fs.unstrip_protocol(name) if not _local(fs) else name,
-                size,
-                _version(info),
-                _modified(info),
-            )
-            for name, info in found.items()
-            if info["type"] == "file" and (size := int(info["size"] or 0)) >= 0
-        ),
-        key=lambda entry: entry.url,
-    )
-
-
-def list_names(url: str) -> dict[str, str]:
-    """Names directly under a directory, with their versions; empty if it does not exist yet."""
-    fs, path = filesystem(url)
-    with reading(url, "listed"):
-        fs.invalidate_cache()
-        try:
-            entries = fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return {}
-    return {
-        PurePosixPath(entry["name"]).name: _version(entry)
-        for entry in entries
-        if entry["type"] == "file"
-    }
 
 
 def read_bytes(url: str) -> bytes:
@@ -165,7 +99,11 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
         handle = pa.OSFile(path) if _local(fs) else fs.open(path, "rb", cache_type="none")
     with handle, reading(url):
         try:
-            parquet = pq.ParquetFile(handle, pre_buffer=not _local(fs))
+            parquet = pq.ParquetFile(
+                handle,
+                pre_buffer=not _local(fs),
+                page_checksum_verification=True,  # parts have checksums; where there are none, none
+            )
         except (ValueError, OSError) as err:
             if not no_parquet(err):
                 raise
@@ -254,12 +192,15 @@ def replace_if_unchanged(url: str, data: bytes) -> None:
             replace_file(path, _writer(data))
             return
         fs.invalidate_cache()
-        etag = (_info(fs, path) or {}).get("ETag")
-        if etag is None:
+        info = _info(fs, path)
+        if info is None:
             publish(url, data)
             return
+        if "ETag" not in info:  # not S3: the last writer wins, whose result is the newest
+            fs.pipe_file(path, data)
+            return
         try:
-            fs.pipe_file(path, data, IfMatch=etag)
+            fs.pipe_file(path, data, IfMatch=info["ETag"])
         except OSError as err:
             if not says_exists(err):
                 raise
@@ -278,21 +219,6 @@ def _info(fs: Any, path: str) -> dict[str, Any] | None:
         return dict(fs.info(path))
     except FileNotFoundError:
         return None
-
-
-def _version(info: dict[str, Any]) -> str:
-    tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("blob_id")
-    if tag:
-        return str(tag).strip('"')
-    moment = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
-    return repr(moment) if isinstance(moment, float) else str(moment)
-
-
-def _modified(info: dict[str, Any]) -> float:
-    moment = info.get("mtime") or info.get("LastModified") or info.get("updated")
-    if isinstance(moment, str):  # Google's, in RFC 3339
-        moment = datetime.fromisoformat(moment)
-    return moment.timestamp() if isinstance(moment, datetime) else float(moment or math.inf)
 
 
 def _local(fs: Any) -> bool:

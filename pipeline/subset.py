@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.budgets import SelectSettings
 from pipeline.columns import added_columns
 from pipeline.errors import InputError
-from pipeline.examples import CHATS, message_keys, to_lines
+from pipeline.examples import message_keys, to_lines
 from pipeline.inputs import Corpus
 from pipeline.ranking import Ranking
 from pipeline.rows import take_rows
@@ -75,7 +75,7 @@ def write_subset(
     parts_per_writer = -(-num_parts // _MOST_TASKS)
     rows_per_writer = parts_per_writer * rows_per_part
     num_writers = -(-num_rows // rows_per_writer)
-    chats = any(shard.columns.layout in CHATS for shard in corpus.shards)
+    chats = any(shard.columns.chats for shard in corpus.shards)
     keys = message_keys(corpus) if chats else None
     extracts = _deal_units(plan, row_bytes, ranking)
     scatter: Any = _by_extract.options(num_returns=len(extracts))
@@ -186,7 +186,7 @@ def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.T
     added = _added(job, units, rows)
     layout = set(shard.columns.names.values())
     fields = [field for field in job.schema if field.name not in added.schema.names]
-    read = take_rows(shard.read_url, numbers, layout | {field.name for field in fields})
+    read = take_rows(shard.file, numbers, layout | {field.name for field in fields})
     form = job.settings.format
     if form not in ("parquet", "jsonl"):  # the layout's columns become the example itself
         fields = [field for field in fields if field.name not in layout]

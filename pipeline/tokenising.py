@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline import models, reuse, storage
 from pipeline.errors import CherryError, InputError, LostUnitError, ShardError, StorageError
 from pipeline.rendering import Renderer
-from pipeline.rows import read_rows
+from pipeline.rows import read_units
 from pipeline.samples import Sample, read_samples, sample_id
 from pipeline.schemas import PART, TOKENS, hand_on
 from pipeline.settings import Scoring, ScoringSettings
@@ -22,29 +22,34 @@ from pipeline.storage_faults import is_outage
 from pipeline.units import Unit
 
 
-def tokenise_unit(batch: pa.Table, scoring: Scoring) -> pa.Table:
-    """The first stage: one row of unit JSON in, TOKENS and PART bytes out."""
-    text = batch["unit"][0].as_py()
-    unit = Unit.from_json(text)
-    try:
-        with deadline(scoring.timeout_s):
-            tokens, reused = prepare(unit, scoring)
-    except CherryError as err:
-        return hand_on(text, failure=err)
-    except Exception as err:  # noqa: BLE001  # whatever it is, recovery finds the row
-        return hand_on(text, failure=LostUnitError(type(err).__name__))
-    return hand_on(text, tokens, reused)
+def tokenise_units(batch: pa.Table, scoring: Scoring) -> Iterator[pa.Table]:
+    """The first stage: the units of a read as JSON in; of each, TOKENS and PART bytes out."""
+    units = [Unit.from_json(text) for text in batch["units"][0].as_py()]
+    tables = read_units(units)
+    for number, unit in enumerate(units):
+        failure: CherryError | None = None
+        tokens = reused = None
+        try:
+            with deadline(scoring.timeout_s):
+                tokens, reused = prepare(unit, scoring, tables)
+        except CherryError as err:
+            failure = err
+        except Exception as err:  # noqa: BLE001  # whatever it is, recovery finds the row
+            failure = LostUnitError(type(err).__name__)
+        if failure:  # may be the end of the tables
+            tables = read_units(units[number + 1 :])
+        yield hand_on(unit.to_json(), tokens, reused, failure=failure)
 
 
-def read(unit: Unit) -> list[Sample]:
-    """The samples of a unit.
+def read(unit: Unit, tables: Iterator[pa.Table] | None = None) -> list[Sample]:
+    """The samples of a unit; its rows are the next of `tables`, if it is read with others.
 
     Raises:
         ShardError: The shard cannot be read, or changed since its footer was.
         StorageError: The store does not give it.
     """
     try:
-        return list(read_samples(read_rows(unit), unit.columns))
+        return list(read_samples(next(tables or read_units([unit])), unit.columns))
     except (InputError, pa.ArrowException, OSError) as err:
         if is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
             raise StorageError(
@@ -53,8 +58,15 @@ def read(unit: Unit) -> list[Sample]:
         raise ShardError(f"shard {unit.shard_url}: {err}") from err
 
 
-def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
+def prepare(
+    unit: Unit, scoring: Scoring, tables: Iterator[pa.Table] | None = None
+) -> tuple[pa.Table, pa.Table]:
     """Read a unit's rows and find out which of them must be scored.
+
+    Args:
+        unit: The unit.
+        scoring: The settings.
+        tables: As `read`.
 
     Returns:
         tokens: Rows to score, in the TOKENS schema.
@@ -63,7 +75,7 @@ def prepare(unit: Unit, scoring: Scoring) -> tuple[pa.Table, pa.Table]:
     Raises:
         ShardError, StorageError: As `read`.
     """
-    samples = read(unit)
+    samples = read(unit, tables)
     todo = np.ones(len(samples), bool)
     reused = scoring.settings.part_schema.empty_table()
     if scoring.rescore:

@@ -24,7 +24,7 @@ from pipeline import models, storage
 from pipeline.errors import InputError
 from pipeline.inputs import Corpus
 from pipeline.rendering import ENDING_TOKENS, RenderedSample, Renderer
-from pipeline.rows import read_rows
+from pipeline.rows import read_units
 from pipeline.samples import read_samples, sample_id
 from pipeline.schemas import EXAMPLES
 from pipeline.settings import ScoringSettings
@@ -112,7 +112,7 @@ def save_examples(url: str, table: pa.Table) -> None:
 def _tokenise(unit: Unit, settings: ScoringSettings) -> tuple[pa.Table, int]:
     rendering = renderer(settings)
     num_embeddings = models.load_config(settings.model).get_text_config().vocab_size
-    samples = list(read_samples(read_rows(unit), unit.columns))
+    samples = list(read_samples(next(read_units([unit])), unit.columns))
     columns: list[list[object]] = [[], [], []]
     for sample, rendered in zip(samples, rendering(samples), strict=True):
         if rendered.status == "ok":

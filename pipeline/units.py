@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from pipeline import storage
+from pipeline import listing, storage
 from pipeline.ingest import INGEST_VERSION
 from pipeline.inputs import Corpus, Shard
-from pipeline.samples import CANONICALISER_VERSION, Columns
+from pipeline.layouts import Columns
+from pipeline.listing import ObjectInfo
+from pipeline.samples import CANONICALISER_VERSION
 
 _BYTES_PER_TOKEN = 4
 _PASSES = 2  # conditioned and direct
@@ -38,6 +40,14 @@ class Unit:
     """One past the last row."""
     score_fp: str
     input_fp: str
+    size: int = 0
+    version: str = ""
+    """Of the file, as it was listed; none for a piece of ingested JSON, which never changes."""
+
+    @property
+    def file(self) -> ObjectInfo:
+        """Where its rows are, and as of when."""
+        return ObjectInfo(self.read_url, self.size, self.version)
 
     @property
     def num_rows(self) -> int:
@@ -84,7 +94,7 @@ class Plan:
 
     def parts(self) -> set[str]:
         """Unit ids of the parts that are there, this plan's and older ones': one listing."""
-        names = storage.list_names(self.scores_url)
+        names = listing.list_names(self.scores_url)
         found = {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
         return {unit_id for unit_id in found if not unit_id.startswith(".")}
 
@@ -209,4 +219,6 @@ def _unit(shard: Shard, start: int, stop: int, score_fp: str) -> Unit:
         stop=stop,
         score_fp=score_fp,
         input_fp=input_fp,
+        size=0 if shard.ingested else shard.size,
+        version="" if shard.ingested else shard.version,
     )

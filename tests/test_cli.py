@@ -372,6 +372,11 @@ def test_exit_3_when_a_shard_was_skipped(job: Path, corpus: Path, ray_local: Non
     assert [str(corpus) in reason for reason in summary["skipped_shards"]] == [True]
     assert_says(done.stderr, f"skipped: {corpus}/bad\ufffd[31m[b].parquet: not a readable")
     assert is_harmless(done.stderr)
+    # Whoever finds the subset later sees it too, and so does who trains on it.
+    assert json.loads(Path(summary["manifest"]).read_text())["skipped_shards"] == 1
+    trained = cherry("train", job, "--set=input.on_bad_shard=skip", "--set=train={}", "--json")
+    assert trained.exit_code == 3, trained.stderr
+    assert json.loads(trained.stdout)["skipped_shards"] == summary["skipped_shards"]
 
 
 HOSTILE = [

@@ -14,9 +14,10 @@ from test_metric import tokens_table
 from pipeline import inputs, model_files, models
 from pipeline.config import ModelConfig, load
 from pipeline.engine import Engine
+from pipeline.layouts import find_columns
 from pipeline.metric import score_table
 from pipeline.rendering import Renderer
-from pipeline.samples import find_columns, read_samples, sample_id
+from pipeline.samples import read_samples, sample_id
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,10 @@ from botocore.retries.standard import ExponentialBackoff
 from conftest import S3
 from fault_proxy import Fault, FaultProxy
 
+from pipeline import listing, s3, storage, storage_faults, tokenising, uploads
 from pipeline import rows as rows_module
-from pipeline import s3, storage, storage_faults, tokenising, uploads
 from pipeline.errors import CherryError, InputError, ShardError, StorageError
+from pipeline.listing import ObjectInfo
 
 pytestmark = pytest.mark.s3
 
@@ -105,7 +106,7 @@ def read_parquet(url: str) -> pa.Table:
 
 
 def sizes(url: str) -> dict[str, int]:
-    return {entry.url.rpartition("/")[2]: entry.size for entry in storage.list_objects(url)}
+    return {entry.url.rpartition("/")[2]: entry.size for entry in listing.list_objects(url)}
 
 
 # What is read, and what it must be: of a folder that holds `a` and `b` and `table.parquet`.
@@ -114,7 +115,7 @@ READS: dict[str, tuple[str, Callable[[str], Any], Any]] = {
     "open_parquet": ("table.parquet", read_parquet, TABLE),
     "list_objects": ("", sizes, {"a": len(DATA), "b": 1, "table.parquet": len(parquet_bytes())}),
     "list_glob": ("[ab]", sizes, {"a": len(DATA), "b": 1}),
-    "list_names": ("", lambda u: set(storage.list_names(u)), {"a", "b", "table.parquet"}),
+    "list_names": ("", lambda u: set(listing.list_names(u)), {"a", "b", "table.parquet"}),
     "exists": ("a", storage.exists, True),
 }
 WRITES: dict[str, Callable[[str, bytes], Any]] = {
@@ -311,7 +312,7 @@ def test_a_page_of_a_listing_is_not_left_out(
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", in_small_pages)
     for name in "abcde":
         store.pipe_file(f"{folder}/{name}", b"x")
-    for read in (sizes, storage.list_names):
+    for read in (sizes, listing.list_names):
         for fault in READ_FAULTS.values():
             proxy.faults = [Fault(**fault, key="continuation-token", times=times)]
             if times == 2:
@@ -336,7 +337,7 @@ def test_a_bucket_that_does_not_answer_is_not_taken_for_a_missing_one(
     proxy: FaultProxy, s3_server: S3
 ) -> None:
     proxy.faults = [Fault("error")]
-    assert "cannot be listed after" in failure(InputError, storage.list_objects, s3_server.url())
+    assert "cannot be listed after" in failure(InputError, listing.list_objects, s3_server.url())
 
 
 def test_an_object_replaced_before_it_is_read_is_read_as_it_is_then(
@@ -388,7 +389,11 @@ def test_a_store_that_is_down_is_told_from_a_shard_that_is_bad(
     fill(store, folder)
     url = f"{folder}/table.parquet"
     unit: Any = SimpleNamespace(shard_url=url, columns=None)
-    monkeypatch.setattr(tokenising, "read_rows", lambda _: read_parquet(url))
+
+    def tables(units: list[Any]) -> Iterator[Any]:
+        yield read_parquet(url)
+
+    monkeypatch.setattr(tokenising, "read_units", tables)
 
     def prepare() -> None:
         tokenising.prepare(unit, None)  # type: ignore[arg-type]
@@ -479,7 +484,9 @@ def test_only_the_row_groups_of_wanted_rows_travel(
     pq.write_table(pa.table({"text": noise, "other": noise}), sink, row_group_size=10)
     storage.publish(f"{folder}/shard", sink.getvalue())
     proxy.bytes_sent = 0
-    rows = rows_module.take_rows(f"{folder}/shard", np.array([3, 5, 47]), {"text"})
+    rows = rows_module.take_rows(
+        ObjectInfo(f"{folder}/shard", 0, ""), np.array([3, 5, 47]), {"text"}
+    )
     assert rows["text"].to_pylist() == [noise[3], noise[5], noise[47]]
     footer = 66_000  # its last 64 KiB are read at once
     assert 2 * 10 * 5_000 < proxy.bytes_sent < 2 * 10 * 5_000 + footer  # of 1,000,000
@@ -490,7 +497,7 @@ def test_remove_on_s3(proxy: FaultProxy, store: Any, folder: str) -> None:
     proxy.faults = [Fault("error", method="DELETE", times=2)]
     storage.remove(f"{folder}/a")
     storage.remove(f"{folder}/a")  # is gone already
-    assert sorted(storage.list_names(folder)) == ["b", "table.parquet"]
+    assert sorted(listing.list_names(folder)) == ["b", "table.parquet"]
     proxy.faults = [Fault("error", method="DELETE")]
     message = failure(StorageError, storage.remove, f"{folder}/b")
     assert f"cannot be removed after {ATTEMPTS} attempts: SlowDown" in message
@@ -540,5 +547,5 @@ def test_temporary_files_of_killed_writers_are_found(tmp_path: Path) -> None:
     assert not killed.exists()
     storage.remove(str(tmp_path / "scores/part.parquet"))
     storage.remove(str(tmp_path / "scores/part.parquet"))
-    assert storage.list_names(str(tmp_path / "scores")) == {}
+    assert listing.list_names(str(tmp_path / "scores")) == {}
     assert uploads.dangling_uploads("memory://nothing", older_than_s=0) == []

@@ -15,9 +15,10 @@ from test_metric import tokens_table
 from pipeline import model_files, models
 from pipeline.config import PRESETS, ModelConfig
 from pipeline.engine import Engine
+from pipeline.layouts import find_columns
 from pipeline.metric import score_table
 from pipeline.rendering import Renderer
-from pipeline.samples import find_columns, read_samples
+from pipeline.samples import read_samples
 
 pytestmark = pytest.mark.smollm2
 

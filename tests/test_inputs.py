@@ -14,7 +14,7 @@ from conftest import S3, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import footers, ingest, inputs
+from pipeline import footers, ingest, inputs, listing
 from pipeline.budgets import SelectSettings
 from pipeline.columns import output_schema
 from pipeline.config import InputConfig
@@ -220,6 +220,55 @@ def test_a_value_that_does_not_fit_the_lists_before_it_is_named_by_its_line(
     assert str(bad).startswith("bad_line: line 5: column 'messages': ")
 
 
+def test_an_integer_that_no_double_holds_does_not_stop_a_file(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    text = jsonl({**A, "x": {"n": 2**53 + 1}}, {**B, "x": {"n": 0.5}})
+    corpus = open_at(write(tmp_path / "in/a.jsonl", text))
+    assert [r["x"] for r in rows_of(corpus)] == [None, {"n": 0.5}]
+    bad, fine = reasons_of(corpus)
+    assert str(bad).startswith("bad_line: line 1: column 'x': ")
+    assert fine is None
+
+
+def test_objects_that_are_all_empty_are_malformed_rows(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    corpus = open_at(write(tmp_path / "in/a.jsonl", jsonl({}, {})))
+    assert reasons_of(corpus) == ["empty_object"] * 2
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_an_upload_that_failed_is_no_empty_file(
+    tmp_path: Path, open_at: Callable[..., Corpus], suffix: str
+) -> None:
+    write(tmp_path / "in/a.jsonl", jsonl(A))
+    write(tmp_path / f"in/b.jsonl.{suffix}", b"")
+    with pytest.raises(InputError, match="it has 0 bytes, which no compressed file has"):
+        open_at(tmp_path / "in")
+
+
+def test_files_that_are_not_read_are_named(
+    tmp_path: Path, open_at: Callable[..., Corpus], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "in/a.jsonl", jsonl(A))
+    for name in ("b.parquet.gz", "_SUCCESS", ".hidden", "README.md"):
+        write(tmp_path / "in" / name, b"x")
+    with caplog.at_level("INFO", logger="cherry"):
+        open_at(tmp_path / "in")
+    assert "2 other files are not read (README.md, b.parquet.gz)" in caplog.text
+
+
+def test_a_store_that_names_no_version_is_refused(
+    open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, a shard that was overwritten would keep its old scores for ever."""
+    entry = listing.ObjectInfo("http://store/a.parquet", 5, "")
+    monkeypatch.setattr(listing, "list_objects", lambda _: [entry])
+    with pytest.raises(InputError, match=r"a\.parquet: its store tells neither an ETag nor when"):
+        open_at("http://store/a.parquet")
+
+
 def test_lone_surrogates_become_replacement_characters(
     tmp_path: Path, open_at: Callable[..., Corpus]
 ) -> None:
@@ -413,7 +462,40 @@ def test_an_ingest_that_was_cut_off_is_done_again(
     done = Path(shard.read_url).parent / "_DONE.json"
     done.unlink()
     assert rows_of(open_at(path)) == [A, B]
-    assert json.loads(done.read_text())["pieces"] == ["piece-00000.parquet"]
+    assert json.loads(done.read_text())["pieces"] == [Path(shard.read_url).name]
+
+
+def test_a_source_overwritten_while_it_is_ingested_is_refused(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows would count as those of the version that was listed."""
+    path = write(tmp_path / "in/a.jsonl", jsonl(A))
+    to_parquet = ingest._to_parquet
+
+    def overwrite(rows: Any) -> bytes:
+        write(path, jsonl(A, B))
+        return to_parquet(rows)
+
+    monkeypatch.setattr(ingest, "_to_parquet", overwrite)
+    with pytest.raises(InputError, match=r"a\.jsonl: it was overwritten while it was in use"):
+        open_at(path)
+    monkeypatch.undo()
+    assert rows_of(open_at(path)) == [A, B]
+
+
+def test_a_shard_overwritten_before_its_footer_is_read_is_refused(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "in/a.parquet", [A])
+    read_footer = footers.read_footer
+
+    def overwrite(*urls: str) -> Any:
+        write_parquet(path, [A, B])
+        return read_footer(*urls)
+
+    monkeypatch.setattr(footers, "read_footer", overwrite)
+    with pytest.raises(InputError, match=r"a\.parquet: it was overwritten while it was in use"):
+        open_at(path)
 
 
 def test_a_large_file_becomes_several_pieces(

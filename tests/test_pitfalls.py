@@ -19,9 +19,10 @@ from pipeline.config import PRESETS, ModelConfig
 from pipeline.devices import from_device
 from pipeline.engine import Engine
 from pipeline.errors import InputError, ModelError
+from pipeline.layouts import find_columns
 from pipeline.metric import score_table
 from pipeline.rendering import Renderer, exact_offsets_backend, prefix_token_ids
-from pipeline.samples import Message, Sample, find_columns, read_samples
+from pipeline.samples import Message, Sample, read_samples
 
 ConfigFor = Callable[..., Any]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,11 +20,12 @@ from conftest import REPOSITORY, ROWS, read_parts, write_parquet
 from poison import PoisonError, job_config
 from ray.exceptions import RayError
 
-from pipeline import recovery, run, scoring
-from pipeline.errors import ScoringError
+from pipeline import listing, recovery, run, scoring, tokenising
+from pipeline.errors import InputError, ScoringError
+from pipeline.layouts import Columns
 from pipeline.parts import commit_unit, publish_part
-from pipeline.samples import Columns, Message, sample_id
-from pipeline.schemas import PART, TOKENS, hand_on
+from pipeline.samples import Message, sample_id
+from pipeline.schemas import PART, TOKENS, from_ipc, hand_on
 from pipeline.scoring import UnitScorer
 from pipeline.units import Unit
 
@@ -122,6 +124,67 @@ def test_deadly_rows_end_as_errors_and_all_others_are_scored(
         assert row == pytest.approx(expected_row, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_units_that_were_read_with_a_deadly_row_are_scored(
+    ray_local: None, config_for: ConfigFor, tmp_path: Path
+) -> None:
+    """One sweep over a large row group reads several units: the process may die in between."""
+    write_parquet(tmp_path / "corpus" / "all.parquet", ROWS)
+    config = config_for(tmp_path / "corpus", score={"unit_rows": 1}, cluster={"actors": 1})
+    together = run.score(config).summary
+    alone = config_for(tmp_path / "corpus", score={"unit_rows": 40}, output=str(tmp_path / "alone"))
+    expected = scores(run.score(alone).summary.scores_path)
+    found = scores(together.scores_path)
+    assert len(found) == len(ROWS)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    config = config.model_copy(update={"output": str(tmp_path / "deadly")})
+    poison = {id_of(ROWS[11]): "tokenise-exit"}
+    done = cherry(config, "score", "--set=score.max_error_fraction=0.1", poison=poison)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["rows_by_status"] == {"error": 1, "ok": len(ROWS) - 1}
+    assert statuses(summary["scores_path"])[11] == ("error", REASONS["tokenise-exit"])
+    lost = re.findall(r"(\d+) units? (?:was|were) lost (with|twice)", done.stderr)
+    assert [what for _, what in lost] == ["with", "with", "twice"]
+    assert 2 <= int(lost[0][0]) <= 5  # of five that are read together
+    assert lost[1][0] == lost[2][0] == "1"
+
+
+def test_a_unit_that_cannot_be_prepared_costs_the_others_of_its_read_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "shard.parquet", ROWS)
+    (file,) = listing.list_objects(str(tmp_path / "shard.parquet"))
+    columns = Columns("alpaca", {"instruction": "instruction", "response": "output"})
+    units = [
+        Unit(f"{n}", file.url, file.url, columns, n, n + 8, "fp", "fp", file.size, file.version)
+        for n in range(0, 40, 8)
+    ]
+    known: dict[str, Exception] = {"8": InputError("no"), "16": ValueError("never seen")}
+
+    def prepare(unit: Unit, _: Any, tables: Any) -> tuple[pa.Table, pa.Table]:
+        if unit.unit_id == "8":
+            raise known["8"]  # before its rows are read; after them
+        samples = tokenising.read(unit, tables)
+        if unit.unit_id == "16":
+            raise known["16"]
+        return pa.table({"said": [s.messages[0].content for s in samples]}), PART.empty_table()
+
+    monkeypatch.setattr(tokenising, "prepare", prepare)
+    batch = pa.table({"units": [[unit.to_json() for unit in units]]})
+    scoring: Any = SimpleNamespace(timeout_s=60)
+    rows = [table.to_pylist()[0] for table in tokenising.tokenise_units(batch, scoring)]
+    assert [Unit.from_json(row["unit"]) for row in rows] == units
+    assert [row["failure_kind"] for row in rows] == [
+        None, "InputError", "LostUnitError", None, None
+    ]  # fmt: skip
+    for row, unit in zip(rows, units, strict=True):
+        if row["failure"] is None:
+            said = from_ipc(pa.py_buffer(row["tokens"]))["said"].to_pylist()
+            assert said == [r["instruction"] for r in ROWS[unit.start : unit.stop]]
+
+
 def test_a_model_that_dies_while_it_loads_ends_the_run(config_for: ConfigFor, corpus: Path) -> None:
     done = cherry(config_for(corpus), "score", poison={"load": "exit"})
     assert done.returncode == 1
@@ -188,7 +251,8 @@ def test_a_part_whose_answer_was_lost_is_not_scored_again(
     part = pa.Table.from_pylist(rows, schema=PART)
     offered = []
 
-    def lossy(some: list[Unit], settings: Any) -> Iterator[Any]:
+    def lossy(some: list[Unit], settings: Any, *, alone: bool) -> Iterator[Any]:
+        assert alone == (len(offered) == 1 and not breaks)  # what was lost is read alone
         offered.append([unit.unit_id for unit in some])
         for unit in some:
             if unit.unit_id == "gone" and len(offered) == 1:

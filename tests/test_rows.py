@@ -1,6 +1,9 @@
 """Rows of a shard by their number."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,36 +12,116 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import listing
+from pipeline import rows as rows_module
 from pipeline.errors import InputError
-from pipeline.rows import take_rows
+from pipeline.layouts import Columns
+from pipeline.listing import ObjectInfo
+from pipeline.rows import plan_reads, read_units, take_rows
+from pipeline.units import Unit
 
 NUM_ROWS = 50
+COLUMNS = Columns("prompt_completion", {"prompt": "n"})
 
 
 @pytest.fixture(scope="module", params=[1, 7, 50])
-def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ObjectInfo:
     """Shards of fifty rows with row groups of several sizes."""
-    path = tmp_path_factory.mktemp("rows") / "shard.parquet"
+    return write_shard(tmp_path_factory.mktemp("rows") / "shard.parquet", request.param)
+
+
+def write_shard(path: Path, row_group_size: int = 50) -> ObjectInfo:
     column = pa.array([f"k{n % 5}" for n in range(NUM_ROWS)]).dictionary_encode()
     table = pa.table({"n": range(NUM_ROWS), "kind": column, "other": range(NUM_ROWS)})
-    pq.write_table(table, path, row_group_size=request.param)
-    return str(path)
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return listing.list_objects(str(path))[0]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def unit_of(file: ObjectInfo, start: int, stop: int) -> Unit:
+    size_and_version = file.size, file.version
+    return Unit("u", file.url, file.url, COLUMNS, start, stop, "fp", "fp", *size_and_version)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.sets(st.integers(0, NUM_ROWS - 1)).map(sorted))
-def test_any_rows(shard: str, rows: list[int]) -> None:
+def test_any_rows(shard: ObjectInfo, rows: list[int]) -> None:
     table = take_rows(shard, np.array(rows, np.int64), {"n", "kind", "absent"})
     assert table.to_pydict() == {"n": rows, "kind": [f"k{n % 5}" for n in rows]}
     assert pa.types.is_dictionary(table.schema.field("kind").type)
 
 
-def test_rows_that_are_not_there_are_named(shard: str) -> None:
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ends=st.sets(st.integers(0, NUM_ROWS)).map(sorted), batch=st.sampled_from([1, 3, 2000]))
+def test_any_units_in_one_sweep(shard: ObjectInfo, ends: list[int], batch: int) -> None:
+    ranges = list(itertools.pairwise(ends))[::2]  # with gaps: units that are done already
+    if not ranges:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "_ROWS_PER_BATCH", batch)
+        tables = list(read_units([unit_of(shard, *each) for each in ranges]))
+    assert [t["n"].to_pylist() for t in tables] == [list(range(*each)) for each in ranges]
+
+
+def test_a_row_group_is_read_once_for_all_units_of_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_shard(tmp_path / "shard.parquet")
+    monkeypatch.setattr(rows_module, "_ROWS_PER_BATCH", 5)
+    seen = []
+    batches = pq.ParquetFile.iter_batches
+
+    def count(*given: Any, **options: Any) -> Iterator[Any]:
+        for batch in batches(*given, **options):
+            seen.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", count)
+    tables = list(read_units([unit_of(file, n, n + 5) for n in range(0, NUM_ROWS, 5)]))
+    assert [len(table) for table in tables] == [5] * 10
+    assert seen == [5] * 10
+
+
+def test_neighbours_in_a_shard_are_read_together(tmp_path: Path) -> None:
+    one, other = (write_shard(tmp_path / f"{name}.parquet") for name in ("a", "b"))
+    units = [unit_of(file, n, n + 5) for file in (one, other) for n in range(0, NUM_ROWS, 5)]
+
+    def sizes(at_least: int, units: list[Unit] = units) -> list[int]:
+        reads = plan_reads(units, at_least)
+        assert [unit for read in reads for unit in read] == units
+        assert all(len({unit.read_url for unit in read}) == 1 for read in reads)
+        return [len(read) for read in reads]
+
+    assert sizes(1) == [10, 10]
+    assert sizes(5) == [4, 4, 2, 4, 4, 2]
+    assert sizes(20) == sizes(1000) == [1] * 20
+    assert sizes(1, units[9::-1]) == [1] * 10  # a sweep never goes back
+    wide = [unit_of(one, n, n + 40_000) for n in range(0, 200_000, 40_000)]
+    assert sizes(1, wide) == [2, 2, 1]
+    assert plan_reads([], 8) == []
+
+
+def test_rows_that_are_not_there_are_named(shard: ObjectInfo) -> None:
     with pytest.raises(InputError, match="got 50 rows, expected more than 50: it changed"):
         take_rows(shard, np.array([3, NUM_ROWS]), {"n"})
 
 
+def test_rows_of_a_shard_that_was_overwritten_are_refused(tmp_path: Path) -> None:
+    """They would get the scores of the rows that were there before."""
+    file = write_shard(tmp_path / "shard.parquet", 7)
+    tables = read_units([unit_of(file, 0, 5), unit_of(file, 5, 50)])
+    assert len(next(tables)) == 5
+    write_shard(tmp_path / "new.parquet", 50)
+    (tmp_path / "new.parquet").replace(file.url)
+    with pytest.raises(InputError, match=r"overwritten while it was in use: got [\d,]+ bytes"):
+        next(tables)
+    with pytest.raises(InputError, match="put new data beside"):
+        take_rows(file, np.array([3]), {"n"})
+    (tmp_path / "shard.parquet").unlink()
+    with pytest.raises(InputError, match="no such file"):
+        take_rows(file, np.array([3]), {"n"})
+
+
 def test_a_shard_of_no_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "empty.parquet")
-    table = take_rows(str(tmp_path / "empty.parquet"), np.empty(0, np.int64), {"n"})
-    assert table.to_pydict() == {"n": []}
+    file = ObjectInfo(str(tmp_path / "empty.parquet"), 0, "")
+    assert take_rows(file, np.empty(0, np.int64), {"n"}).to_pydict() == {"n": []}

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.samples import Columns, Message, Sample, find_columns, read_samples, sample_id
+from pipeline.layouts import Columns, find_columns
+from pipeline.samples import Message, Sample, read_samples, sample_id
 from pipeline.schemas import BAD_LINE
 
 TEXT = pa.string()
@@ -161,14 +162,68 @@ def test_what_an_instruction_is_about_is_not_left_out() -> None:
     dolly = {"instruction": ["Sum up."], "context": ["Long."], "response": ["L."], "category": [""]}
     messages = (Message("user", "Sum up."), Message("input", "Long."), Message("assistant", "L."))
     assert read(pa.table(dolly)) == [Sample(messages)]
-    assert find(pa.table(dolly | {"input": ["x"]}).schema).names["input"] == "input"
     with pytest.raises(InputError, match=r"'context' has type .*list.*input\.columns\.input=NAME"):
         find(pa.table(dolly | {"context": [["Long."]]}).schema)
 
 
-def test_own_name_wins_over_another() -> None:
-    schema = pa.schema([("response", TEXT), ("instruction", TEXT), ("output", TEXT)])
-    assert find(schema).names["response"] == "output"
+@pytest.mark.parametrize(
+    ("columns", "field", "other"),
+    [
+        (["instruction", "output", "response"], "response", "output"),
+        (["instruction", "output", "input", "context"], "input", "input"),
+        (["prompt", "completion", "response"], "response", "completion"),
+    ],
+)
+def test_two_columns_that_may_be_meant_are_refused(
+    columns: list[str], field: str, other: str
+) -> None:
+    """As of `cat alpaca.jsonl dolly.jsonl`: each row fills one of them, and half were not read."""
+    schema = pa.schema([(name, TEXT) for name in columns])
+    with pytest.raises(InputError, match=rf"{columns[-1]}'.*input\.columns\.{field}={other}"):
+        find(schema)
+    assert find(schema, **{field: columns[-1]}).names[field] == columns[-1]
+
+
+def test_alpaca_rows_have_their_system_and_earlier_turns() -> None:
+    """As LLaMA-Factory reads them, and as `select.format: alpaca_jsonl` writes them."""
+    rows = pa.table(
+        {
+            "instruction": ["And in French?", "Hi.", "Hi."],
+            "input": ["", None, "there"],
+            "output": ["Bonjour.", "Hello.", "Hello."],
+            "system": ["Translate.", "", None],
+            "history": [[["Good day in German?", "Guten Tag."]], [], None],
+        }
+    )
+    translated = (
+        Message("system", "Translate."),
+        Message("user", "Good day in German?"),
+        Message("assistant", "Guten Tag."),
+        Message("user", "And in French?"),
+        Message("assistant", "Bonjour."),
+    )
+    plain = (Message("user", "Hi."), Message("assistant", "Hello."))
+    with_input = (plain[0], Message("input", "there"), plain[1])
+    assert read(rows) == [Sample(translated), Sample(plain), Sample(with_input)]
+    for turn in (["alone"], ["a", None], None, ["a", "b", "c"]):
+        odd = pa.table({"instruction": ["x"], "output": ["y"], "history": [[turn]]})
+        assert read(odd) == [Sample(malformed="history")]
+    for none in ([[]], [None]):
+        empty = pa.table({"instruction": ["Hi."], "output": ["Hello."], "history": none})
+        assert read(empty) == [Sample(plain)]
+    with pytest.raises(
+        InputError, match=r"'history' has type .*expected a list of pairs of strings"
+    ):
+        find(pa.table({"instruction": ["x"], "output": ["y"], "history": [["a", "b"]]}).schema)
+
+
+def test_a_system_column_comes_before_a_conversation_that_has_none() -> None:
+    said = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
+    own = [{"from": "system", "value": "Be kind."}, *said]
+    rows = pa.table({"conversations": [said, own, said], "system": ["Be brief.", "Be brief.", ""]})
+    found = [[(m.role, m.content) for m in sample.messages] for sample in read(rows)]
+    turns = [("user", "Hi."), ("assistant", "Hello.")]
+    assert found == [[("system", "Be brief."), *turns], [("system", "Be kind."), *turns], turns]
 
 
 def test_mapped_column_wins_over_its_own_name() -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scored_corpus import EDGES, FINITE, wanted
 
 from pipeline.config_select import Order
+from pipeline.layouts import Columns
 from pipeline.parts import to_parquet
-from pipeline.samples import Columns
 from pipeline.schemas import PART
 from pipeline.scores import (
     NUM_BINS,

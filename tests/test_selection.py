@@ -211,6 +211,7 @@ def test_worked_example(ray_local: None, tmp_path: Path) -> None:
             "floor": 0, "format": "parquet", "rows_per_part": 50_000,
         },
         "rows": 8,
+        "skipped_shards": 0,
         "rows_by_status": {"empty_response": 1, "malformed": 1, "ok": 6},
         "eligible_rows": 5,
         "rejected_rows": {"at_or_over_max_ifd": 1},
@@ -696,6 +697,20 @@ def test_each_setting_and_the_corpus_name_the_subset(ray_local: None, tmp_path: 
     fewer_units = plan.without({plan.units[-1].unit_id})
     shrunk, _ = select(fewer_units, corpus, str(tmp_path / "out"), wanted(), "fp")
     assert len(urls | {other_fp.url, shrunk.url}) == len(configs) + 2
+
+
+@ray
+def test_a_selection_whose_parts_were_deleted_is_written_again(
+    ray_local: None, tmp_path: Path
+) -> None:
+    plan, corpus = scored(tmp_path, [[row(n / 20, n) for n in range(12)]])
+    found, chosen = select_into(tmp_path, plan, corpus, count=3)
+    part = Path(found.url, found.manifest["parts"][0]["path"])
+    content = part.read_bytes()
+    part.unlink()
+    again, chosen_again = select_into(tmp_path, plan, corpus, count=3)
+    assert (again, chosen_again) == (found, chosen)
+    assert part.read_bytes() == content
 
 
 @ray

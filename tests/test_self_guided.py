@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import on_a_full_disk, tiny_model, write_parquet
 
-from pipeline import manifests, run, storage, training
+from pipeline import listing, manifests, run, training
 from pipeline.cluster import Trainers
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError, InputError, ModelError, StorageError, TrainingError
@@ -115,15 +115,15 @@ def test_three_phases_and_a_comparison(
     assert again.summary.rows_by_status == {"ok": 500}
     assert again.summary.score_fingerprint != summary.score_fingerprint
 
-    before = storage.list_objects(str(tmp_path / "out"))
+    before = listing.list_objects(str(tmp_path / "out"))
     idle = Watch()
     rerun = run.run(config, idle).summary
     assert idle.phases == []
     assert (rerun.units_scored, rerun.manifest) == (0, summary.manifest)
     assert (rerun.model, rerun.trained_path) == (summary.model, summary.trained_path)
-    assert storage.list_objects(str(tmp_path / "out")) == before
+    assert listing.list_objects(str(tmp_path / "out")) == before
     assert run.select(config).summary.manifest == summary.manifest
-    assert run.train(config).url == summary.trained_path
+    assert run.train(config)[0].url == summary.trained_path
 
     write_parquet(tmp_path / "held" / "a.parquet", [
         {"instruction": "Write line 2.", "input": "", "output": "poem"},
@@ -134,7 +134,7 @@ def test_three_phases_and_a_comparison(
         "arms": arms, "seeds": [0, 1], "holdout_rows": 40, "points": 3, "same": "steps",
         "evaluate": [{"name": "short $1", "path": str(tmp_path / "held"), "exact_match": True}],
     }})  # fmt: skip
-    found = run.compare(compared)
+    found, _ = run.compare(compared)
     assert [arm["arm"] for arm in found.report["arms"]] == arms
     for arm in found.report["arms"]:
         assert len(arm["loss"]["input"]) == len(arm["exact_match"]["short $1"]) == 2
@@ -152,7 +152,7 @@ def test_three_phases_and_a_comparison(
     assert stored == json.loads(json.dumps(found.report))
     assert len(list((tmp_path / "out/models").iterdir())) == 2  # none of these is kept
     idle = Watch()
-    assert run.compare(compared, idle).url == found.url
+    assert run.compare(compared, idle)[0].url == found.url
     assert idle.phases == []
     held = [pq.read_table(path) for path in (tmp_path / "out/comparison/held_out").iterdir()]
     assert sorted(map(len, held)) == [2, 40]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, S3
 
-from pipeline import storage, storage_faults
+from pipeline import listing, storage, storage_faults
 from pipeline.errors import InputError, StorageError
 
 NUM_WRITERS = 16
@@ -102,13 +103,57 @@ def test_a_reader_sees_one_whole_content_while_it_is_replaced(tmp_path: Path) ->
     assert files_under(tmp_path) == ["LATEST.json"]
 
 
+def test_the_one_object_that_moves_moves_in_any_store() -> None:
+    url = "memory://cherry-latest/LATEST.json"  # has neither ETags nor conditional writes
+    for content in (b"first", b"second"):
+        storage.replace_if_unchanged(url, content)
+        assert storage.read_bytes(url) == content
+
+
+def test_a_bit_that_flipped_in_a_part_is_noticed(tmp_path: Path) -> None:
+    url = str(tmp_path / "part.parquet")
+    options = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    pq.write_table(pa.table({"x": [0.25] * 3 + [0.5]}), url, compression="none", **options)
+    data = bytearray(Path(url).read_bytes())
+    data[data.index(struct.pack("<d", 0.5)) + 6] ^= 1  # 0.5 becomes 0.53125
+    Path(url).write_bytes(data)
+    with pytest.raises(InputError, match=r"part\.parquet: cannot be read.*CRC"):
+        with storage.open_parquet(url) as parquet:
+            parquet.read()
+
+
+def test_links_are_followed_to_files_and_directories_each_once(tmp_path: Path) -> None:
+    for name in ("in/a", "in/deep/b", "out/c", "out/deep/d", "other/e"):
+        storage.publish(str(tmp_path / name), b"xyz")
+    links = {"in/to-file": "other/e", "in/to-folder": "out", "in/deep/again": "out/deep"}
+    links |= {"in/circle": "in", "in/deep/sibling": "in/deep", "out/back": "in"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+
+    def listed(url: str) -> list[str]:
+        entries = listing.list_objects(str(tmp_path / url))
+        assert all(entry.size == 3 and entry.version for entry in entries)
+        return [str(Path(entry.url).relative_to(tmp_path)) for entry in entries]
+
+    assert listed("in") == [
+        "in/a", "in/deep/again/d", "in/deep/b", "in/to-file", "in/to-folder/c"
+    ]  # fmt: skip
+    assert listed("in/to-*/*") == ["in/to-folder/c"]
+    assert {Path(name).name for name in listed("in/to-folder")} == {"a", "b", "c", "d", "to-file"}
+    (tmp_path / "in/again").symlink_to(tmp_path / "in/deep/b")
+    assert "in/again" not in listed("in")
+    (tmp_path / "in/broken").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"in/broken: there is no such file"):
+        listed("in")
+
+
 def test_list_objects_takes_a_file_a_directory_or_a_glob(tmp_path: Path) -> None:
     for name in ("b", "a", "deep/c"):
         storage.publish(str(tmp_path / name), b"xyz")
 
     def listed(url: Path) -> list[tuple[str, int]]:
         return [
-            (e.url.removeprefix(f"{tmp_path}/"), e.size) for e in storage.list_objects(str(url))
+            (e.url.removeprefix(f"{tmp_path}/"), e.size) for e in listing.list_objects(str(url))
         ]
 
     assert listed(tmp_path) == [("a", 3), ("b", 3), ("deep/c", 3)]
@@ -124,31 +169,31 @@ def test_local_links_are_the_files_they_lead_to(tmp_path: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot/a.parquet").symlink_to(tmp_path / "blobs/1")
     for url in (f"{tmp_path}/snapshot", f"{tmp_path}/snapshot/a*", f"{tmp_path}/snapshot/**/a*"):
-        (entry,) = storage.list_objects(url)
+        (entry,) = listing.list_objects(url)
         assert (entry.url, entry.size) == (f"{tmp_path}/snapshot/a.parquet", 3)
-        assert entry.version == storage.list_objects(f"{tmp_path}/snapshot/a.parquet")[0].version
+        assert entry.version == listing.list_objects(f"{tmp_path}/snapshot/a.parquet")[0].version
     (tmp_path / "snapshot/gone.parquet").symlink_to(tmp_path / "blobs/2")
     with pytest.raises(InputError, match=r"gone\.parquet: there is no such file"):
-        storage.list_objects(f"{tmp_path}/snapshot")
+        listing.list_objects(f"{tmp_path}/snapshot")
 
 
 def test_a_version_changes_with_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"1")
     os.utime(path, ns=(0, 1_000_000_000))
-    (before,) = storage.list_objects(str(path))
-    assert storage.list_objects(str(path)) == [before]
+    (before,) = listing.list_objects(str(path))
+    assert listing.list_objects(str(path)) == [before]
     path.write_bytes(b"2")
     os.utime(path, ns=(0, 2_000_000_000))
-    (after,) = storage.list_objects(str(path))
+    (after,) = listing.list_objects(str(path))
     assert before.version != after.version
 
 
 def test_list_names_is_flat_and_empty_where_nothing_is(tmp_path: Path) -> None:
-    assert storage.list_names(str(tmp_path / "absent")) == {}
+    assert listing.list_names(str(tmp_path / "absent")) == {}
     for name in ("a.parquet", "b.parquet", "deep/c.parquet"):
         storage.publish(str(tmp_path / name), b"x")
-    assert sorted(storage.list_names(str(tmp_path))) == ["a.parquet", "b.parquet"]
+    assert sorted(listing.list_names(str(tmp_path))) == ["a.parquet", "b.parquet"]
 
 
 def test_join_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +209,7 @@ def test_join_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_url_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(InputError, match=r"ftpx://host/a: no file system for this URL"):
-        storage.list_objects("ftpx://host/a")
+        listing.list_objects("ftpx://host/a")
 
 
 def test_errors_of_any_backend_are_storages_and_no_others() -> None:
@@ -186,7 +231,7 @@ def test_errors_of_any_backend_are_storages_and_no_others() -> None:
 
 def test_reading_what_is_not_there_names_it(tmp_path: Path) -> None:
     url = str(tmp_path / "absent")
-    for read in (storage.read_bytes, storage.list_objects):
+    for read in (storage.read_bytes, listing.list_objects):
         with pytest.raises(InputError, match="absent: there is no such file, directory or bucket"):
             read(url)
     assert not storage.exists(url)
@@ -209,7 +254,7 @@ def test_the_first_of_sixteen_s3_writers_wins(s3_server: S3, size: int) -> None:
     won, contents = race_to_publish(url, size)
     assert sum(won) == 1
     assert s3_server.filesystem().cat_file(url) == contents[won.index(True)]
-    assert list(storage.list_names(s3_server.url(f"race-{size}"))) == ["part.parquet"]
+    assert list(listing.list_names(s3_server.url(f"race-{size}"))) == ["part.parquet"]
 
 
 @pytest.mark.s3
@@ -240,25 +285,25 @@ def test_s3_lists_files_directories_and_globs(s3_server: S3) -> None:
 
     def listed(*names: str) -> list[str]:
         base = s3_server.url("listing") + "/"
-        entries = storage.list_objects(s3_server.url("listing", *names))
+        entries = listing.list_objects(s3_server.url("listing", *names))
         return [entry.url.removeprefix(base) for entry in entries]
 
     assert listed() == ["a", "b", "deep/c"]
     assert listed("a") == ["a"]
     assert listed("*") == ["a", "b"]
     assert listed("**") == ["a", "b", "deep/c"]
-    assert sorted(storage.list_names(s3_server.url("listing"))) == ["a", "b"]
-    assert storage.list_names(s3_server.url("listing-absent")) == {}
+    assert sorted(listing.list_names(s3_server.url("listing"))) == ["a", "b"]
+    assert listing.list_names(s3_server.url("listing-absent")) == {}
 
 
 @pytest.mark.s3
 def test_an_s3_version_is_the_etag_of_the_content(s3_server: S3) -> None:
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         storage.publish(s3_server.url("etags", name), content)
-    a, b, c = (entry.version for entry in storage.list_objects(s3_server.url("etags")))
+    a, b, c = (entry.version for entry in listing.list_objects(s3_server.url("etags")))
     assert a == b != c
     assert '"' not in a
-    assert storage.list_names(s3_server.url("etags")) == {"a": a, "b": b, "c": c}
+    assert listing.list_names(s3_server.url("etags")) == {"a": a, "b": b, "c": c}
 
 
 @pytest.mark.s3
@@ -274,7 +319,7 @@ def test_parquet_opens_on_s3(s3_server: S3) -> None:
 @pytest.mark.s3
 def test_what_is_missing_on_s3_is_named(s3_server: S3) -> None:
     for url in ("s3://no-such-bucket/corpus", s3_server.url("no-such-key")):
-        for read in (storage.read_bytes, storage.list_objects):
+        for read in (storage.read_bytes, listing.list_objects):
             with pytest.raises(InputError) as caught:
                 read(url)
             expected = f"{url}: there is no such file, directory or bucket. Check the spelling."
@@ -284,9 +329,9 @@ def test_what_is_missing_on_s3_is_named(s3_server: S3) -> None:
 
 _ASK = """
 import sys
-from pipeline import errors, storage
+from pipeline import errors, listing, storage
 url = sys.argv[1]
-calls = [storage.read_bytes, storage.list_objects, storage.list_names, storage.exists]
+calls = [storage.read_bytes, listing.list_objects, listing.list_names, storage.exists]
 calls += [lambda u: storage.publish(u, b"x"), lambda u: storage.replace_if_unchanged(u, b"x")]
 for call in calls:
     try:
@@ -354,7 +399,7 @@ def test_an_endpoint_that_does_not_answer_is_named() -> None:
 def test_times_of_all_stores_are_understood() -> None:
     moment = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
     expected = moment.timestamp()
-    assert storage._modified({"LastModified": moment}) == expected  # S3
-    assert storage._modified({"mtime": expected}) == expected  # files
-    assert storage._modified({"updated": "2024-05-06T07:08:09.000Z"}) == expected  # Google
-    assert storage._modified({}) == math.inf
+    assert listing._modified({"LastModified": moment}) == expected  # S3
+    assert listing._modified({"mtime": expected}) == expected  # files
+    assert listing._modified({"updated": "2024-05-06T07:08:09.000Z"}) == expected  # Google
+    assert listing._modified({}) == math.inf

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pipeline.config import InputConfig
 from pipeline.errors import ConfigError, InputError
 from pipeline.examples import to_lines
 from pipeline.inputs import Corpus, open_corpus
-from pipeline.samples import Columns
+from pipeline.layouts import Columns
 from pipeline.schemas import BAD_LINE, SELECTED
 
 ray = pytest.mark.ray
@@ -157,6 +158,8 @@ def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) 
         (pa.array(["x", "y"]).dictionary_encode(), pa.array(["x", "y"])),
         (pa.array(["x", "y"]), pa.array([b"x", b"y"])),
         (pa.array([1, 2]), pa.array([Decimal("1.5")] * 2, pa.decimal128(20, 2))),
+        (pa.array([0.5, 1.5]), pa.array([Decimal("1.5")] * 2, pa.decimal128(20, 2))),
+        (pa.array([[0.5]] * 2), pa.array([[Decimal("1.5")]] * 2, pa.list_(pa.decimal128(20, 2)))),
     ],
     ids=[
         "int text",
@@ -167,6 +170,8 @@ def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) 
         "dictionary text",
         "text bytes",
         "int64 short decimal",
+        "double decimal",
+        "in a list",
     ],
 )
 def test_types_that_do_not_go_together_name_both_shards(
@@ -553,7 +558,9 @@ def test_row_groups_without_a_selected_row_are_not_read(ray_local: None, tmp_pat
                 data[start : start + chunk.total_compressed_size] = bytes(
                     chunk.total_compressed_size
                 )
+    written = path.stat().st_mtime_ns
     path.write_bytes(data)
+    os.utime(path, ns=(written, written))  # what was overwritten is refused anyway
     _, chosen = select_into(tmp_path, plan, corpus, count=4)
     assert chosen == names[16:20]
     with pytest.raises(Exception, match=r"Couldn.t deserialize|Corrupt|cannot be read"):

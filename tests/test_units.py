@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline import run, samples, storage, units
 from pipeline.config import Config, InputConfig
 from pipeline.inputs import Corpus, Shard, open_corpus
-from pipeline.samples import Columns
+from pipeline.layouts import Columns
 from pipeline.settings import ModelRef, ScoringSettings
 from pipeline.units import Plan, Unit, auto_unit_rows, cut_rows, make_plan
 

@@ -495,8 +495,9 @@ def load_samples(options: argparse.Namespace) -> list[Rendered]:
     import pyarrow.parquet as pq
 
     from pipeline import models
+    from pipeline.layouts import find_columns
     from pipeline.rendering import Renderer
-    from pipeline.samples import find_columns, read_samples
+    from pipeline.samples import read_samples
 
     table = pq.read_table(options.input)
     rows = min(options.rows, len(table))

@@ -41,9 +41,9 @@ from pipeline.budgets import SelectSettings, asked_rows
 from pipeline.config import InputConfig
 from pipeline.config_select import SelectConfig
 from pipeline.inputs import Corpus, open_corpus
+from pipeline.layouts import Columns
 from pipeline.parts import to_parquet
 from pipeline.ranking import rank
-from pipeline.samples import Columns
 from pipeline.schemas import PART
 from pipeline.scores import Task, read_columns, tasks
 from pipeline.survey import survey_parts
