@@ -27,6 +27,7 @@ bench: .venv/.installed $(SMOLLM2)
 	$(BIN)/python tests/benchmarks/engine.py savings
 	$(BIN)/python tests/benchmarks/engine.py fidelity
 	$(BIN)/python tests/benchmarks/engine.py memory
+	$(BIN)/python tests/benchmarks/reading.py
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/scaling.py
 	$(BIN)/python tests/benchmarks/incremental.py lookup

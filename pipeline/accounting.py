@@ -19,10 +19,11 @@ import ray
 
 from pipeline import listing, storage
 from pipeline.errors import AccountingError, InputError
-from pipeline.schemas import LEDGER, STATUSES
+from pipeline.schemas import FAILED_STATUSES, LEDGER, STATUSES
 from pipeline.units import Plan
 
 _PARTS_PER_TASK = 64
+_FAILURES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,24 @@ def audit(plan: Plan) -> Audit:
     audited = Audit({unit.unit_id: entries[unit.unit_id] for unit in plan.units})
     _check_shards(plan, audited)
     return audited
+
+
+def first_failures(plan: Plan, audited: Audit) -> list[str]:
+    """The first few rows that failed, and why: `shard a.parquet, row 6: malformed: utf8`."""
+    found: list[str] = []
+    for unit in plan.units:
+        if len(found) >= _FAILURES_SHOWN:
+            break
+        counts = audited.entries[unit.unit_id].rows_by_status
+        if not any(counts.get(status) for status in FAILED_STATUSES):
+            continue
+        with storage.open_parquet(plan.part_url(unit)) as parquet:
+            for row in parquet.read(["row_index", "status", "reason"]).to_pylist():
+                if row["status"] in FAILED_STATUSES:
+                    why = f": {row['reason']}" if row["reason"] else ""
+                    where = f"shard {unit.shard_url}, row {row['row_index']}"
+                    found.append(f"{where}: {row['status']}{why}")
+    return found[:_FAILURES_SHOWN]
 
 
 def _check_shards(plan: Plan, audited: Audit) -> None:

@@ -44,6 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
@@ -69,7 +70,7 @@ def run(
     as_json: _AsJson = False,
     retry_errors: _RetryErrors = False,
 ) -> None:
-    """Score what is new and select; with experience and train, the whole method."""
+    """Score what is new and select; or do the whole method."""
     _show_run(partial(flow.run, retry_errors=retry_errors), path, overrides, as_json)
 
 
@@ -120,7 +121,7 @@ def train(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = Fa
 
 @app.command()
 def compare(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
-    """Train on the cherry subset and on random controls; judge them by held-out rows."""
+    """Train on the cherry subset and on controls, and judge them."""
     settings, (_, summary) = _watch(
         flow.compare,
         lambda found, console: comparison_report.show(found[0], console),
@@ -136,7 +137,8 @@ def plan(
     overrides: _Overrides = None,
     as_json: _AsJson = False,
     score_rows: Annotated[
-        int, typer.Option("--score", metavar="ROWS", help="Score so many, to measure the speed.")
+        int,
+        typer.Option("--score", metavar="ROWS", min=0, help="Score so many, to measure the speed."),
     ] = 0,
 ) -> None:
     """Estimate what a run would score and cost; tokenises a sample."""
@@ -159,7 +161,7 @@ def gc(
         bool, typer.Option("--force", help="Even with units to score, or over half of the parts.")
     ] = False,
 ) -> None:
-    """List parts that no current input names, and unfinished uploads; older than 24 hours."""
+    """List parts that no input names any more, or delete them."""
     _watch(
         lambda settings, _: flow.gc(settings, everything, delete, force),
         lambda found, console: report.show_garbage(found, delete, console),
@@ -194,7 +196,7 @@ def submit(
         bool, typer.Option("--installed", help="Cherry is in the cluster's image; send none.")
     ] = False,
 ) -> None:
-    """Run it as a job of a Ray cluster; the same job is not started twice at once."""
+    """Run it as a job of a Ray cluster, never twice at once."""
     with speaking(as_json) as (out, results, err):
         job = submitting.submit(
             path, overrides, address, command=command, variables=variables, extras=extras,
@@ -278,8 +280,8 @@ def _check_tolerance(
         say(
             Console(stderr=True, highlight=False),
             f"{100 * failed:.2f} % of the rows failed or are malformed, more than "
-            f"score.max_error_fraction ({100 * allowed:g} %). What was done is kept; the reasons "
-            f"are in {where}.",
+            f"score.max_error_fraction ({100 * allowed:g} %). What was done is kept; the reason of "
+            f"each is in {where}.",
         )
     if failed > allowed or skipped:
         raise typer.Exit(errors.EXIT_TOLERANCE)

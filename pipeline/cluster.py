@@ -3,12 +3,15 @@
 import logging
 import math
 import os
+import signal
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import ray
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 
 from pipeline.config import ClusterConfig
 from pipeline.config_training import TrainConfig
@@ -73,14 +76,44 @@ def connected() -> Iterator[None]:
         # also begins as many ahead for tasks that wait: a few more, then, and not many.
         limit = (os.cpu_count() or 1) + _SPARE_WORKERS
         os.environ.setdefault("RAY_num_workers_soft_limit", str(limit))
+        # A thread that outlives the run would start a Ray of its own.
+        auto_init_hook.enable_auto_connect = False
         # RAY_ADDRESS, which `ray job submit` sets, is read by Ray itself.
-        with _local_on_loopback():
+        with _local_on_loopback(), _own_handler(signal.SIGTERM), _without_note_of_level():
             ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
     try:
         yield
     finally:
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _without_note_of_level() -> Iterator[None]:
+    """What is said on standard error meanwhile comes after, less that Ray knows its log level."""
+    with tempfile.TemporaryFile() as said:
+        kept = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            for line in said:
+                if b"RAY_BACKEND_LOG_LEVEL" not in line:
+                    os.write(2, line)
+
+
+@contextmanager
+def _own_handler(number: signal.Signals) -> Iterator[None]:
+    """What a signal does stays as it is, whatever is set meanwhile: Ray's handler ends at once."""
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
 
 
 @contextmanager

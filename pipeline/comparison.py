@@ -193,7 +193,7 @@ def _conclude(job: Job, config: CompareConfig, runs: dict[Arm, list[Finished]]) 
         "same": config.same,
         "seeds": config.seeds,
         "trainings": {arm: [run["train_fingerprint"] for run in of] for arm, of in arms.items()},
-        "before": {name: _judged(next(iter(arms.values()))[0], name, 0) for name in names},
+        "before": {name: _before(arms, name, exact) for name in names},
         "arms": [
             {
                 "arm": arm,
@@ -216,6 +216,12 @@ def _conclude(job: Job, config: CompareConfig, runs: dict[Arm, list[Finished]]) 
         storage.replace(storage.join(url, f"curves.{suffix}"), draw_curves(report, suffix))
     storage.publish(storage.join(url, "report.json"), json.dumps(report, indent=1).encode())
     return Comparison(url, report)
+
+
+def _before(arms: dict[Arm, list[dict[str, Any]]], name: str, exact: list[str]) -> dict[str, float]:
+    """What the base model says of a held-out set: the first point of any training."""
+    judged = _judged(next(iter(arms.values()))[0], name, 0)
+    return {key: value for key, value in judged.items() if key == "loss" or name in exact}
 
 
 def _judged(manifest: dict[str, Any], name: str, at: int) -> dict[str, float]:

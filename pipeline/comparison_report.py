@@ -9,7 +9,7 @@ from rich.text import Text
 from scipy import stats
 
 from pipeline.comparison import Comparison
-from pipeline.texts import visible
+from pipeline.texts import count, visible
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -24,7 +24,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def _table(report: dict[str, Any], name: str, before: dict[str, float]) -> Table:
     seeds = len(report["seeds"])
-    title = f"Held-out set {visible(name)}: loss in nats a token, {seeds} seeds"
+    title = f"Held-out set {visible(name)}: loss in nats a token, {count(seeds, 'seed')}"
     table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("trained on")
     for column in ("rows", "tokens", "steps", "loss", "spread"):

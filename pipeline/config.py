@@ -205,6 +205,22 @@ class Config(Section):
         )
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML as it is read safely, less keys that stand there twice: the last would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the parent's."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key.value}' is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str, overrides: list[str] | None = None) -> Config:
     """Read a config file and lay `section.key=value` overrides over it.
 
@@ -216,7 +232,7 @@ def load(path: str, overrides: list[str] | None = None) -> Config:
         ConfigError: The file is missing or no mapping, a key is unknown, or a value is not valid.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
         raise ConfigError(f"config {path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
@@ -227,7 +243,7 @@ def load(path: str, overrides: list[str] | None = None) -> Config:
         )
     for override in overrides or []:
         _apply_override(raw, override)
-    return parse(raw, where=f"config {path}")
+    return parse(raw, where=f"config {path}{' with --set' if overrides else ''}")
 
 
 def parse(raw: dict[str, Any], where: str = "config") -> Config:
@@ -238,7 +254,7 @@ def parse(raw: dict[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as err:
-        faults = [describe(dict(fault), Config) for fault in err.errors()]
+        faults = describe([dict(fault) for fault in err.errors()], Config)
         raise ConfigError(f"{where}: " + "\n".join(faults)) from None
 
 

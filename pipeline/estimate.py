@@ -6,7 +6,7 @@
     tokens    of 4,000 of these; tokens follow characters, which are known of all 50,000
     scores    if asked, of some hundred of them, in a process like the ones of a run
 
-Nothing is written but what every command remembers of the input.
+Nothing is written but what every command keeps: the resolved config, and footers of the input.
 """
 
 import itertools

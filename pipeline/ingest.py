@@ -122,7 +122,9 @@ def _read_rows(url: str) -> Iterator[_Row]:
 def _parse_line(line: bytes, where: str) -> _Row:
     try:
         return _as_row(json.loads(line), where)
-    except (ValueError, RecursionError) as err:  # bad JSON or bad UTF-8
+    except json.JSONDecodeError as err:  # its own message counts lines within this one
+        return None, f"{where}: {err.msg}: character {err.pos + 1}", where
+    except (ValueError, RecursionError) as err:  # bad UTF-8
         return None, f"{where}: {err}", where
 
 

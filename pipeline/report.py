@@ -29,7 +29,7 @@ from pipeline.samples import read_samples
 from pipeline.schemas import BAD_LINE, STATUSES
 from pipeline.selection_report import selected, tables
 from pipeline.summary import Summary
-from pipeline.texts import plain, visible
+from pipeline.texts import count, plain, visible
 from pipeline.training_loop import StepDone
 from pipeline.units import Plan
 from pipeline.watching import Pace
@@ -170,19 +170,22 @@ def _losses(trained: Finished) -> list[str]:
         sum(step["loss"] for step in steps) / tenth for steps in (history[:tenth], history[-tenth:])
     )
     return [
-        f"trained on the {trained.manifest['trained_on']}: {trained.manifest['rows']:,} rows, "
-        f"{len(history):,} steps; loss {first:.3f} at first, {last:.3f} at last"
+        f"trained on {trained.manifest['trained_on']}: {count(trained.manifest['rows'], 'row')}, "
+        f"{count(len(history), 'step')}; loss {first:.3f} at first, {last:.3f} at last"
     ]
 
 
 def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
     """Print what `cherry gc` found."""
     done = "deleted" if deleted else "could go; delete with --delete"
-    size = f"{garbage.num_bytes:,} bytes"
-    lines = [
-        f"{len(garbage.parts):,} of {garbage.num_parts:,} parts, {size}: {done}",
-        f"{len(garbage.uploads):,} unfinished uploads and temporary files: {done}",
-    ]
+    lines = []
+    if garbage.parts:
+        of = f"{len(garbage.parts):,} of {count(garbage.num_parts, 'part')}"
+        lines.append(f"{of}, {garbage.num_bytes:,} bytes: {done}")
+    if garbage.uploads:
+        lines.append(f"unfinished uploads and temporary files, {len(garbage.uploads):,}: {done}")
+    if not lines:
+        lines.append(f"nothing to delete: {count(garbage.num_parts, 'part')}, and no remains")
     if garbage.num_spared:
         lines.append(f"{garbage.num_spared:,} parts are younger than 24 hours and spared")
     names = [part.url for part in garbage.parts] + [upload.url for upload in garbage.uploads]
@@ -198,14 +201,16 @@ def show_estimate(estimate: Estimate, console: Console) -> None:
     said = "status, as far as tokenising tells"
     table = _status_table("Rows to score", said, estimate.rows_by_status, left)
     lines = [
-        f"{estimate.rows:,} rows in {estimate.units_total:,} units; {estimate.units_done:,} units "
-        f"with {estimate.rows_done:,} rows are done"
+        f"{count(estimate.rows, 'row')} in {count(estimate.units_total, 'unit')}; "
+        f"{estimate.rows_done:,} of them in {count(estimate.units_done, 'unit')} are done"
         + (f", about {n:,} more rows have a score" if (n := estimate.rows_reusable) else ""),
         f"about {estimate.tokens:,} tokens to score: {estimate.tokens_conditioned:,} conditioned, "
         f"{estimate.tokens_direct:,} direct (standard error {100 * estimate.tokens_error:.1f} %, "
         f"{estimate.sampled_rows:,} rows tokenised)",
     ]
-    if estimate.seconds_per_million_tokens is None or estimate.model_hours is None:
+    if not left:
+        lines[1:] = ["nothing is left to score"]
+    elif estimate.seconds_per_million_tokens is None or estimate.model_hours is None:
         lines.append("--score 300 scores as many rows, and says how long all of them take")
     else:
         lines.append(
@@ -213,17 +218,24 @@ def show_estimate(estimate: Estimate, console: Console) -> None:
             f"{estimate.device}; {estimate.scored_rows:,} rows scored, "
             f"{100 * (estimate.over_one_fraction or 0):.0f} % of them with an IFD of 1 or more"
         )
-    console.print(
-        *([table] if left else []), Group("", *(Text(line) for line in lines), ""), sep="\n"
-    )
+    if not left:
+        console.print(Group(*(Text(line) for line in lines)))
+        return
+    console.print(table, Group("", *(Text(line) for line in lines), ""), sep="\n")
     if estimate.model_hours is not None:
-        hours = Table(title="Scoring", title_justify="left", show_edge=False, pad_edge=False)
-        for name in ("actors", "hours", "cost"):
-            hours.add_column(name, justify="right")
-        cost = "" if estimate.cost is None else f"{estimate.cost:,.2f}"
-        for actors in _ACTORS_SHOWN:
-            hours.add_row(f"{actors}", f"{estimate.model_hours / actors:,.2f}", cost)
-        console.print(hours)
+        console.print(_durations(estimate.model_hours, estimate.cost))
+
+
+def _durations(model_hours: float, cost: float | None) -> Table:
+    """How long scoring takes several numbers of actors, and what it costs any of them."""
+    unit, time = ("hours", model_hours) if model_hours >= 1 else ("minutes", 60 * model_hours)
+    table = Table(title="Scoring", title_justify="left", show_edge=False, pad_edge=False)
+    for name in ("actors", unit, *(["cost"] if cost is not None else [])):
+        table.add_column(name, justify="right")
+    for actors in _ACTORS_SHOWN:
+        costs = [f"{cost:,.2f}"] if cost is not None else []
+        table.add_row(f"{actors}", f"{time / actors:,.2f}", *costs)
+    return table
 
 
 def _status_table(title: str, status_title: str, counts: dict[str, int], rows: int) -> Table:
@@ -241,7 +253,7 @@ def _status_table(title: str, status_title: str, counts: dict[str, int], rows: i
 def _facts(result: Result) -> Group:
     summary = result.summary
     lines = [
-        f"{summary.units_scored} units scored, {summary.units_reused} reused"
+        f"{count(summary.units_scored, 'unit')} scored, {summary.units_reused:,} reused"
         + (f", {rows:,} rows reused in all" if (rows := summary.rows_reused) else "")
         + (
             f"; {summary.tokens_scored:,} tokens at {summary.tokens_per_s:,.0f} tokens/s"
@@ -257,6 +269,7 @@ def _facts(result: Result) -> Group:
     if result.trained:
         lines += _losses(result.trained)
     lines += [f"skipped: {visible(reason)}" for reason in summary.skipped_shards]
+    lines += [f"failed: {visible(reason)}" for reason in summary.failures]
     return Group("", *(Text(line) for line in lines), "")
 
 

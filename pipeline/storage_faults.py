@@ -11,6 +11,12 @@ _BACKENDS = {"adlfs", "aiohttp", "azure", "gcsfs", "google", "httpx", "httpx2", 
 """Packages of fsspec's backends, which have errors of their own beside OSError."""
 
 
+_NO_CREDENTIALS = (
+    "no credentials were found. Set them in the environment (AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or a profile or role)."
+)
+
+
 @contextmanager
 def reading(url: str, done: str = "read") -> Iterator[None]:
     """Turn what storage says into errors that name the object and the fix."""
@@ -21,10 +27,7 @@ def reading(url: str, done: str = "read") -> Iterator[None]:
             f"{url}: there is no such file, directory or bucket. Check the spelling."
         ) from None
     except NoCredentialsError as err:
-        raise InputError(
-            f"{url}: no credentials were found. Set them in the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role)."
-        ) from err
+        raise InputError(f"{url}: {_NO_CREDENTIALS}") from err
     except PermissionError as err:
         raise InputError(
             f"{url}: permission denied ({err}). The credentials in the environment may not read "
@@ -41,6 +44,8 @@ def changing(url: str, what: str) -> Iterator[None]:
     """Turn what storage says of a write into StorageError, which names the object."""
     try:
         yield
+    except NoCredentialsError as err:
+        raise StorageError(f"{url}: {what}: {_NO_CREDENTIALS}") from err
     except Exception as err:
         if not _of_storage(err):
             raise

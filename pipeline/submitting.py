@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
+from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
 
 from pipeline import __version__
@@ -33,6 +34,7 @@ Command = Literal["run", "score", "select", "experience", "train", "compare"]
 
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL|CONNECTION_STRING|AUTH", re.IGNORECASE)
 _DISTRIBUTION = "cherry-pipeline"
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 BACKOFF_S = (1, 2, 4, 8, 16, 30)
 """Seconds between tries while a cluster does not answer: its head may be on its way."""
 
@@ -149,17 +151,21 @@ def _pins(extra: str) -> list[str]:
 
 
 def _connect(address: str | None) -> JobSubmissionClient:
+    if address and address.endswith(":8265") and "://" not in address:
+        raise ConfigError(f"--address {address}: expected http://{address}. Nothing was started.")
     if address:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray prefers RAY_ADDRESS to an argument
     try:
         client = JobSubmissionClient(address)
         client.list_jobs()  # it may ask for a token
         return client
-    except (OSError, RuntimeError, ValueError) as err:
+    except (OSError, RuntimeError, ValueError, RayError) as err:
+        named = next((name for name in _ADDRESSES if os.environ.get(name)), None)
+        where = f"{named} {os.environ[named]}" if named else "no address was given"
         raise ConfigError(
-            f"--address {address or 'of the environment'}: no Ray cluster takes jobs there: "
-            f"{describe_cause(err)} Expected the address of its dashboard, such as "
-            "http://host:8265. Nothing was started."
+            f"{f'--address {address}' if address else where}: no Ray cluster takes jobs there: "
+            f"{describe_cause(err)} Expected the address of its dashboard: --address "
+            "http://HOST:8265, or RAY_API_SERVER_ADDRESS. Nothing was started."
         ) from err
 
 

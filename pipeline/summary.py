@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.accounting import Audit
+from pipeline.accounting import Audit, first_failures
 from pipeline.job import Job
 from pipeline.parts import UnitDone
 from pipeline.schemas import FAILED_STATUSES
@@ -37,6 +37,8 @@ class Summary:
     cherry_path: str | None
     manifest: str | None
     skipped_shards: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """The first rows that failed, and why; each row's reason is in its part."""
     model: str | None = None
     """That scored: with brief experience, the trained one."""
     trained_path: str | None = None
@@ -82,6 +84,7 @@ def summarise(
         cherry_path=None,
         manifest=None,
         skipped_shards=[*job.corpus.skipped, *sorted(failed)],
+        failures=first_failures(finished, audited),
         model=job.settings.model.path,
     )
 

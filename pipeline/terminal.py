@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,17 +25,29 @@ def speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
     Ray prints what its daemons say to standard output: while this is open, that is standard error.
     """
     _quiet_libraries()
+    before = signal.signal(signal.SIGTERM, _end)  # what a pod that is deleted gets
     out = sys.stdout
     err = Console(stderr=True, highlight=False)
     results = err if as_json else Console(file=out, highlight=False)
     try:
         with redirect_stdout(sys.stderr):
             yield out, results, err
+    except KeyboardInterrupt as interrupt:
+        say(err, "interrupted; what was done is kept, and the same command goes on from there")
+        terminated = signal.SIGTERM in interrupt.args
+        code = errors.EXIT_TERMINATED if terminated else errors.EXIT_INTERRUPTED
+        raise typer.Exit(code) from None
     except (errors.CherryError, RayError) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         known = cause if isinstance(cause, errors.CherryError) else None
         say(err, str(known or cause))
         raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, _: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number))
 
 
 def say(err: Console, message: str) -> None:

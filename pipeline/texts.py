@@ -38,6 +38,11 @@ def describe_cause(err: BaseException | None) -> str:
     return f"{type(cause).__name__}: {re.sub(_COLOURS, '', ''.join(last)).strip()}"
 
 
+def count(number: int, noun: str) -> str:
+    """`1 unit`, `2 units`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def visible(text: str) -> str:
     """Lines of text with control and formatting characters shown as U+FFFD."""
     return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults_cluster as faults
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -171,13 +173,36 @@ def test_a_reserved_column_name(refused: Callable[..., str], corpus: Path) -> No
 
 def test_an_unknown_config_key(refused: Callable[..., str], job: Path) -> None:
     said = refused("score.max_lenght=256")
-    assert_says(said, f"config {job}: key 'score.max_lenght' is unknown")
+    assert_says(said, f"config {job} with --set: key 'score.max_lenght' is unknown")
     assert_says(said, "Did you mean 'score.max_length'?")
+
+
+def test_a_section_that_is_there_twice(refused: Callable[..., str], job: Path) -> None:
+    """YAML takes the last, and what the first says would not be done."""
+    job.write_text(job.read_text() + "select: {count: 5}\n")
+    assert_says(refused(), f"config {job}: cannot be read as YAML", "'select' is there twice")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("input=3", "key 'input': got 3, expected a section of keys"),
+        ("input.path=", "key 'input.path': got None, expected text, or a list"),
+        ("cluster.actors=0", "key 'cluster.actors': got 0, expected 'auto', or more than 0"),
+        ("select.fraction=10%", "key 'select.fraction': got '10%', expected a number"),
+        ("score.compile=perhaps", "key 'score.compile': got 'perhaps', expected true or false"),
+        ("select.count=-1", "key 'select.count': got -1, expected at least 0"),
+    ],
+)
+def test_a_value_of_another_type(refused: Callable[..., str], override: str, said: str) -> None:
+    message = refused(override)
+    assert_says(message, f" with --set: {said}\n")
+    assert message.count("expected") == 1
 
 
 def test_an_unknown_preset(refused: Callable[..., str]) -> None:
     said = refused("score.preset=superfilter")
-    assert_says(said, "key 'score.preset': got 'superfilter'", "should be 'cherry', ")
+    assert_says(said, "key 'score.preset': got 'superfilter'", "expected 'cherry', ")
     assert_says(said, "Did you mean 'superfiltering'?")
 
 
@@ -349,6 +374,13 @@ def test_exit_3_above_the_error_tolerance_keeps_the_scores(
     assert summary["rows_by_status"]["malformed"] == 2
     assert sum(summary["rows_by_status"].values()) == 10
     assert_says(first.stderr, "20.00 % of the rows failed or are malformed")
+    where = f"{source}#0, row"
+    assert summary["failures"] == [
+        f"shard {where} 8: malformed: bad_line: line 9: Expecting property name enclosed in double "
+        "quotes: character 2",
+        f"shard {where} 9: malformed: bad_line: line 10: got list, expected an object",
+    ]
+    assert_says(first.stderr, f"failed: {summary['failures'][0]}")
     assert_says(first.stderr, "score.max_error_fraction (1 %)", summary["scores_path"])
     kept = read_parts(summary["scores_path"])
     assert kept["status"].to_pylist().count("malformed") == 2
@@ -377,6 +409,34 @@ def test_exit_3_when_a_shard_was_skipped(job: Path, corpus: Path, ray_local: Non
     trained = cherry("train", job, "--set=input.on_bad_shard=skip", "--set=train={}", "--json")
     assert trained.exit_code == 3, trained.stderr
     assert json.loads(trained.stdout)["skipped_shards"] == summary["skipped_shards"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_a_run_that_is_ended_says_so_and_goes_on_later(
+    job: Path, number: signal.Signals, code: int
+) -> None:
+    scores = yaml.safe_load(job.read_text())["output"] + "/scores"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", job, "--set=score.unit_rows=1", "--json"],
+        cwd=REPOSITORY, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    faults.wait_until(lambda: list(Path(scores).glob("*/*.parquet")), "a part")
+    process.send_signal(number)
+    out, said = process.communicate(timeout=120)
+    assert (process.returncode, out) == (code, ""), said
+    *_, last = said.splitlines()
+    assert last == (
+        "cherry: interrupted; what was done is kept, and the same command goes on from there"
+    )
+    for noise in ("SIGTERM", "Traceback", "Started a local Ray"):
+        assert noise not in said
+    again = cherry("run", job, "--set=score.unit_rows=1", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["units_reused"] > 0
 
 
 HOSTILE = [
@@ -447,6 +507,18 @@ def test_a_phase_without_its_section_is_refused(tmp_path: Path, name: str) -> No
     done = cherry(name, str(config))
     assert done.exit_code == 2
     assert_says(done.stderr, f"key '{name}': it is missing.", f"`{name}: {{}}` takes the defaults")
+
+
+def test_short_help() -> None:
+    done = cherry("plan", "-h")
+    assert done.exit_code == 0
+    assert done.stdout == cherry("plan", "--help").stdout
+
+
+def test_help_fits_a_terminal_of_80_columns() -> None:
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    assert "..." not in text.partition("Commands:")[2]
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_version() -> None:

@@ -172,6 +172,12 @@ def test_people_see_how_much_and_what(config: Any) -> None:
     assert found(config)["parts"][0] in text
 
 
+def test_people_see_that_there_is_nothing_to_delete(config: Any) -> None:
+    for options in ((), ("--delete",)):
+        text = gc(config, *options).stdout
+        assert "nothing to delete: 4 parts, and no remains" in text
+
+
 @pytest.mark.s3
 def test_dangling_multipart_uploads_go(s3_server: S3) -> None:
     output = s3_server.url("garbage")

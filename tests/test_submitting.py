@@ -216,6 +216,7 @@ def read_until(terminal: int, text: str) -> str:
         (("--set", "input.path=a.parquet"), "key 'input.path': got the relative path"),
         (("--set", "model.path=here.gguf"), "key 'model.path': got the relative path"),
         (("--set", "select.fractoin=0.1"), "Did you mean 'select.fraction'?"),
+        (("--address", "head:8265"), "--address head:8265: expected http://head:8265."),
         ((), "--address http://127.0.0.1:9: no Ray cluster takes jobs there"),
     ],
 )
