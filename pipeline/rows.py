@@ -60,7 +60,7 @@ def take_rows(file: ObjectInfo, rows: npt.NDArray[np.int64], columns: Collection
     Args:
         file: Where the Parquet bytes are; without a version, one that never changes.
         rows: Numbers in the shard, ascending, each once.
-        columns: Columns to read, where the shard has them; at least one that it has.
+        columns: Columns to read, where the shard has them; if it has none, nor has the result rows.
 
     Raises:
         InputError: The shard cannot be read, or changed since it was listed.
@@ -89,7 +89,7 @@ def _sweep(
         begin, batch = 0, empty
         for rows in wanted:
             pieces = [empty]
-            while True:
+            while names:
                 first, last = np.searchsorted(rows, [begin, begin + len(batch)])
                 if last - first == len(batch):
                     pieces.append(batch)
@@ -99,7 +99,7 @@ def _sweep(
                     break
                 begin, batch = next(batches)
             table = pa.concat_tables(pieces)
-            assert len(table) == len(rows)
+            assert len(table) == len(rows) or not names
             if file.version:  # its scores would count as those of what was listed
                 listing.refuse_changed(file)
             yield table

@@ -5,12 +5,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from pipeline import devices
+from pipeline import devices, models, scoring
+from pipeline.cluster import Workers
 from pipeline.devices import fast_float32, products_by_onednn
+from pipeline.scoring import UnitScorer
+from pipeline.settings import Scoring
 
 CPU = torch.device("cpu")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -80,6 +85,29 @@ def test_a_library_that_rounds_is_not_taken(monkeypatch: pytest.MonkeyPatch, rou
         assert devices._mkl_is_slow() is not rounds
     finally:
         devices._mkl_is_slow.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "share", "devices_of_model"), [(0.25, 0.25, 1), (1, 1, 1), (2, 1, 2), (0, 1, 1)]
+)
+def test_an_actor_sizes_its_packs_for_its_share_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: float, share: float, devices_of_model: int
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(models, "load", lambda *_, **given: asked.update(given))
+    monkeypatch.setattr(scoring, "Engine", lambda *_, **given: asked.update(given))
+    monkeypatch.setattr(scoring, "renderer", lambda _: SimpleNamespace(prefix_ids=()))
+    settings: Any = SimpleNamespace(
+        model="m",
+        dtype="bfloat16",
+        max_batch_tokens="auto",
+        max_length=512,
+        share=(),
+        compiled=True,
+    )
+    workers = Workers(1, num_gpus, 0, 1)
+    UnitScorer(Scoring(settings, "nowhere", workers, timeout_s=60)).load()
+    assert asked == {"device_share": share, "num_devices": devices_of_model}
 
 
 def test_the_choice_of_library_ends_with_its_block() -> None:

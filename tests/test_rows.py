@@ -100,6 +100,11 @@ def test_neighbours_in_a_shard_are_read_together(tmp_path: Path) -> None:
     assert plan_reads([], 8) == []
 
 
+def test_columns_that_the_shard_has_not_are_no_rows(shard: ObjectInfo) -> None:
+    table = take_rows(shard, np.array([3, 5]), {"absent"})
+    assert table.schema.names == []
+
+
 def test_rows_that_are_not_there_are_named(shard: ObjectInfo) -> None:
     with pytest.raises(InputError, match="got 50 rows, expected more than 50: it changed"):
         take_rows(shard, np.array([3, NUM_ROWS]), {"n"})

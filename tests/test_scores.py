@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 from scored_corpus import EDGES, FINITE, wanted
 
+from pipeline import listing
 from pipeline.config_select import Order
 from pipeline.layouts import Columns
 from pipeline.parts import to_parquet
@@ -23,6 +25,7 @@ from pipeline.scores import (
     Task,
     encode,
     from_keys,
+    read_groups,
     read_scores,
     tasks,
     to_bins,
@@ -131,3 +134,16 @@ def test_tasks_are_neighbouring_units(sizes: list[int], expected: list[int]) -> 
     assert [len(task.units) for task in cut] == expected
     assert [task.first_unit for task in cut] == [0, *np.cumsum(expected)[:-1].tolist()]
     assert [unit for task in cut for unit in task.units] == list(units)
+
+
+def test_rows_of_a_shard_without_the_column_have_no_group(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"n": 1, "source": "web"}, {"n": 2, "source": "code"}])
+    write_parquet(tmp_path / "b.parquet", [{"n": 3}])
+    columns = Columns("alpaca", {})
+    files = zip(listing.list_objects(str(tmp_path)), (2, 1), strict=True)
+    units = tuple(
+        Unit("u", file.url, file.url, columns, 0, rows, "fp", "fp", file.size, file.version)
+        for file, rows in files
+    )
+    groups = read_groups(Task(0, units, "nowhere"), "source")
+    assert groups.to_pylist() == ["web", "code", None]
