@@ -18,7 +18,7 @@ from pipeline import clustering, run
 from pipeline.clustering import sample_clusters
 from pipeline.config_training import ExperienceConfig
 from pipeline.errors import ConfigError
-from pipeline.storage import list_objects
+from pipeline.listing import list_objects
 from pipeline.templates import TEXT_TEMPLATES
 
 ConfigFor = Callable[..., Any]

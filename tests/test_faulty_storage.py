@@ -492,6 +492,24 @@ def test_only_the_row_groups_of_wanted_rows_travel(
     assert 2 * 10 * 5_000 < proxy.bytes_sent < 2 * 10 * 5_000 + footer  # of 1,000,000
 
 
+def test_a_large_row_group_is_read_no_further_than_the_rows_wanted(
+    proxy: FaultProxy, store: Any, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_LARGE_ROW_GROUP", 1 << 20)
+    monkeypatch.setattr(storage, "_READ_AHEAD", 1 << 16)
+    monkeypatch.setattr(rows_module, "_ROWS_PER_BATCH", 10)
+    noise = [os.urandom(5_000) for _ in range(400)]
+    sink = io.BytesIO()
+    table = pa.table({"text": noise, "other": noise})
+    pq.write_table(table, sink, use_dictionary=False, data_page_size=20_000, write_batch_size=4)
+    storage.publish(f"{folder}/shard", sink.getvalue())
+    proxy.bytes_sent = 0
+    file = ObjectInfo(f"{folder}/shard", 0, "")
+    rows = rows_module.take_rows(file, np.array([3, 25]), {"text"})
+    assert rows["text"].to_pylist() == [noise[3], noise[25]]
+    assert 25 * 5_000 < proxy.bytes_sent < 400_000  # of 4,000,000
+
+
 def test_remove_on_s3(proxy: FaultProxy, store: Any, folder: str) -> None:
     fill(store, folder)
     proxy.faults = [Fault("error", method="DELETE", times=2)]
