@@ -4,6 +4,7 @@ Results go to standard output, everything else to standard error. Exit codes: 0 
 or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -210,7 +211,9 @@ def submit(
             return
         try:
             ended = following.follow(job, lambda line: _echo(results, line))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if signal.SIGTERM in interrupt.args:  # nobody is there to be asked
+                raise
             raise typer.Exit(_stop_or_detach(job, err)) from None
     if as_json and ended.summary is not None:
         print_json(ended.summary, out)

@@ -90,7 +90,10 @@ def connected() -> Iterator[None]:
 
 @contextmanager
 def _without_note_of_level() -> Iterator[None]:
-    """What is said on standard error meanwhile comes after, less that Ray knows its log level."""
+    """What a local Ray says as it starts comes after it, less that it knows its log level."""
+    if "RAY_ADDRESS" in os.environ:  # what is said while a cluster does not answer comes at once
+        yield
+        return
     with tempfile.TemporaryFile() as said:
         kept = os.dup(2)
         os.dup2(said.fileno(), 2)
@@ -113,7 +116,7 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager

@@ -52,8 +52,9 @@ class InputConfig(Section):
     """Parquet, JSON or JSONL (.gz, .zst): files, directories or globs at any fsspec URL."""
     layout: Literal["auto"] | Layout = "auto"
     """`auto` looks for messages, conversations, prompt/completion, Alpaca, in this order."""
-    columns: dict[ColumnField, str] = Field(default={})
-    """Names of columns that differ from the layout's own, such as `{response: answer}`."""
+    columns: dict[ColumnField, str | None] = Field(default={})
+    """Names of columns that differ from the layout's own, such as `{response: answer}`; null leaves
+    an optional field out: input, system, history."""
     max_rows: Annotated[int, Field(gt=0)] | None = None
     """Only the first so many rows, in the order of shards: for a try."""
     on_bad_shard: Literal["fail", "skip"] = "fail"
@@ -205,20 +206,21 @@ class Config(Section):
         )
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML as it is read safely, less keys that stand there twice: the last would win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the parent's."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key.value}' is there twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def _refuse_twice(node: yaml.Node | None, seen: set[yaml.Node]) -> None:
+    """Refuse keys that stand twice in a section: YAML takes the last, without a word."""
+    if not isinstance(node, yaml.CollectionNode) or node in seen:
+        return
+    seen.add(node)  # an alias is the node itself, and may lie within it
+    keys: set[str] = set()
+    for child in node.value:
+        key, value = child if isinstance(child, tuple) else (None, child)
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is there twice", key.start_mark
+                )
+            keys.add(key.value)
+        _refuse_twice(value, seen)
 
 
 def load(path: str, overrides: list[str] | None = None) -> Config:
@@ -232,14 +234,17 @@ def load(path: str, overrides: list[str] | None = None) -> Config:
         ConfigError: The file is missing or no mapping, a key is unknown, or a value is not valid.
     """
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader), set())
+        raw = yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"config {path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"config {path}: cannot be read as YAML: {err}") from err
     if not isinstance(raw, dict):
         raise ConfigError(
-            f"config {path}: got {type(raw).__name__}, expected keys such as input, output, model."
+            f"config {path}: got {'nothing' if raw is None else type(raw).__name__}, expected keys "
+            "such as input, output, model."
         )
     for override in overrides or []:
         _apply_override(raw, override)

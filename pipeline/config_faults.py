@@ -18,68 +18,83 @@ def carries_credentials(text: str) -> bool:
 
 
 _EXPECTED = {
-    "bool": "true or false",
-    "decimal": "a number",
-    "dict": "a section of keys",
-    "float": "a number",
-    "int": "a whole number",
-    "list": "a list",
-    "model": "a section of keys",
-    "string": "text",
-}
-"""By what pydantic's names of faults begin with: int_type, int_parsing, int_from_float."""
-
-_LIMITS = {
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("decimal_type", "decimal_parsing", "float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "a section of keys"),
+    "finite_number": "a finite number",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
-    "too_short": "at least {min_length} of them",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "too_short": "a list that is not empty",
 }
+"""By pydantic's names of faults."""
 
 
 def describe(faults: list[dict[str, Any]], model: type[BaseModel]) -> list[str]:
-    """Pydantic's faults as what, where, got, expected, fix; branches of a union as one."""
-    said: dict[str, list[str]] = {}
+    """Pydantic's faults as what, where, got, expected, fix: a line for each key.
+
+    Of a union each branch has its fault: what our own validators say counts, else those that look
+    furthest into the value.
+    """
+    by_key: dict[str, list[dict[str, Any]]] = {}
     for fault in faults:
-        what, expected = _describe(fault, model)
-        said.setdefault(what, []).append(expected)
-    return [f"{what}{', or '.join(dict.fromkeys(expected))}" for what, expected in said.items()]
+        by_key.setdefault(_key(fault, model), []).append(fault)
+    lines = []
+    for key, some in by_key.items():
+        own = [fault for fault in some if fault["type"] not in _EXPECTED]
+        deepest = max(len(fault["loc"]) for fault in some)
+        furthest = [fault for fault in some if len(fault["loc"]) == deepest]
+        lines.append(_describe(key, own or furthest, model))
+    return lines
 
 
-def _describe(fault: dict[str, Any], model: type[BaseModel]) -> tuple[str, str]:
-    """What is wrong, and what was expected."""
-    # Union branches add their own names to the location ('int', 'literal[...]'): keep the keys.
+def _key(fault: dict[str, Any], model: type[BaseModel]) -> str:
+    """The key of the config; unions add names of their branches ('int', 'literal[...]')."""
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in ("extra_forbidden", "missing"):  # its parents are there: no branches
+        return key
     known = all_keys(model)
-    location = [str(part) for part in fault["loc"]]
-    key = ".".join(location)
-    while key not in known and "." in key and fault["type"] != "extra_forbidden":
+    while key not in known and "." in key:
         key = key.rpartition(".")[0]
-    if fault["type"] == "extra_forbidden":
+    return key
+
+
+def _describe(key: str, faults: list[dict[str, Any]], model: type[BaseModel]) -> str:
+    """The faults of one key."""
+    first = faults[0]
+    if first["type"] == "extra_forbidden":
+        known = all_keys(model)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        same_leaf = [k for k in known if k.rpartition(".")[2] == location[-1]]
+        same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
         best = near or same_leaf
         hint = f" Did you mean '{best[0]}'?" if best else f" Valid keys: {', '.join(known)}."
-        return f"key '{key}' is unknown.{hint}", ""
-    if fault["type"] == "missing":  # its parents are there: no branch of a union
-        return f"key '{'.'.join(location)}' is missing and has no default.", ""
-    got = fault["input"]
+        return f"key '{key}' is unknown.{hint}"
+    if first["type"] == "missing":
+        return f"key '{key}' is missing and has no default."
+    got = first["input"]
     shown = "" if isinstance(got, (dict, BaseModel)) else f" got {got!r}"
     if carries_credentials(shown):
         shown = " got a URL with credentials"
-    reason = _EXPECTED.get(fault["type"].partition("_")[0])
-    if limit := _LIMITS.get(fault["type"]):
-        reason = limit.format_map(fault["ctx"])
-    if fault["type"] == "literal_error" and isinstance(got, str):
-        choices = re.findall(r"'([^']+)'", str(fault["ctx"]["expected"]))
+    if first["type"] not in _EXPECTED:  # said by our own validators
+        said = str(first["msg"]).removeprefix("Value error, ")
+        said = said[:1].lower() + said[1:]
+        shown = "" if said.startswith("got ") else f"{shown};" * bool(shown)
+        return f"key '{key or 'config'}':{shown} {said}"
+    expected = [_EXPECTED[f["type"]].format_map(f.get("ctx", {})) for f in faults]
+    hint = ""
+    if isinstance(got, str):
+        choices = re.findall(r"'([^']+)'", " ".join(expected))
         near = difflib.get_close_matches(got, choices, n=1, cutoff=0.4)
-        reason = f"{reason}. Did you mean '{near[0]}'?" if near else reason
-    if reason:
-        return f"key '{key or 'config'}':{shown}{',' if shown else ''} expected ", reason
-    own = str(fault["msg"]).removeprefix("Value error, ")
-    own = own[:1].lower() + own[1:]
-    return f"key '{key or 'config'}':{shown}{';' if shown else ''} {own}", ""
+        hint = f". Did you mean '{near[0]}'?" if near else ""
+    comma = "," if shown else ""
+    reasons = ", or ".join(dict.fromkeys(expected))
+    return f"key '{key or 'config'}':{shown}{comma} expected {reasons}{hint}"
 
 
 def all_keys(model: type[BaseModel]) -> list[str]:

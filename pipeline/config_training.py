@@ -104,7 +104,7 @@ class EvaluateConfig(Section):
     """As `input.path`."""
     layout: Literal["auto"] | Layout = "auto"
     """As `input.layout`."""
-    columns: dict[ColumnField, str] = Field(default={})
+    columns: dict[ColumnField, str | None] = Field(default={})
     """As `input.columns`."""
     max_rows: Annotated[int, Field(gt=0)] | None = None
     """Only the first so many rows."""

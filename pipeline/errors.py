@@ -5,7 +5,8 @@
     CherryError                exit 1
     ├── ConfigError            exit 2   the config is wrong; nothing was started
     ├── InputError             exit 2   the corpus cannot be read as asked
-    │   └── NotTrainedError    exit 2   the model of brief experience is not there yet
+    │   ├── NotTrainedError    exit 2   the model of brief experience is not there yet
+    │   └── ChangedError       exit 2   a shard is not the one any more that was listed
     ├── ModelError             exit 2   the model or its tokenizer cannot be used
     ├── ShardError             exit 1   a shard turned out to be unreadable while running
     ├── ScoringError           exit 1   scoring cannot go on: its processes die, whatever the rows
@@ -48,6 +49,10 @@ class InputError(CherryError):
 
 class NotTrainedError(InputError):
     """Only `cherry run`, `score` and `compare` train the model of brief experience."""
+
+
+class ChangedError(InputError):
+    """An object was overwritten after it was listed, so that what was read of it is not it."""
 
 
 class ModelError(CherryError):

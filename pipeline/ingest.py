@@ -40,11 +40,6 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
         names = json.loads(storage.read_bytes(done))["pieces"]
         if set(names) <= there.keys():  # else somebody cleaned up
             return [storage.join(folder, name) for name in names]
-    if not entry.size and entry.url.lower().endswith(tuple(COMPRESSIONS)):
-        raise InputError(
-            f"input {entry.url}: it has 0 bytes, which no compressed file has. Upload it again, or "
-            "set input.on_bad_shard: skip."
-        )
     names = []
     num_good = num_bad = 0
     for number, rows in enumerate(_pieces(_read_rows(entry.url))):
@@ -55,6 +50,11 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
         name = f"piece-{number:05d}-{hashlib.sha256(piece).hexdigest()[:16]}.parquet"
         storage.publish(storage.join(folder, name), piece)
         names.append(name)
+    if not names and not entry.size and entry.url.lower().endswith(tuple(COMPRESSIONS)):
+        raise InputError(
+            f"input {entry.url}: it has 0 bytes, which no compressed file has. Upload it again, or "
+            "set input.on_bad_shard: skip."
+        )
     listing.refuse_changed(entry)
     if num_bad and not num_good:
         raise InputError(

@@ -5,6 +5,7 @@ earlier run has seen are not opened again: see footers.py.
 """
 
 import logging
+import os
 import re
 import threading
 from collections import Counter
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from pipeline import footers, listing, storage
 from pipeline.config import InputConfig
-from pipeline.errors import InputError
+from pipeline.errors import ChangedError, InputError
 from pipeline.footers import Footer, Known
 from pipeline.ingest import COMPRESSIONS, SUFFIXES, ingest
 from pipeline.layouts import LAYOUT_ORDER, Columns, find_columns
@@ -76,13 +77,16 @@ def open_corpus(config: InputConfig, output: str) -> Corpus:
         InputError: A path is missing, empty, forbidden, holds no known format, overlaps the
             output, or a shard is unreadable and `on_bad_shard` is `fail`.
     """
-    found: dict[str, ObjectInfo] = {}
-    for path in config.paths:
-        path = storage.absolute(path)
-        _refuse_overlap(path, storage.absolute(output))
-        for entry in _list_path(path):
-            found[entry.url] = entry
-    return open_sources([found[url] for url in sorted(found)], config, output)
+    sources = _list_sources(config, output)
+    corpus = open_sources(sources, config, output)
+    if corpus.footers:  # of which one may have been read after its file was overwritten
+        now = set(_list_sources(config, output))
+        if changed := [source.url for source in sources if source not in now]:
+            raise ChangedError(
+                f"input {changed[0]}: it was overwritten while its footer was read. Put new data "
+                "beside shards that are in use, not over them, and run again."
+            )
+    return corpus
 
 
 def open_sources(sources: list[ObjectInfo], config: InputConfig, output: str) -> Corpus:
@@ -118,6 +122,21 @@ def open_sources(sources: list[ObjectInfo], config: InputConfig, output: str) ->
             + "".join(f"\n{reason}" for reason in skipped)
         )
     return Corpus(tuple(shards), tuple(skipped), read if new or len(read) < len(known) else {})
+
+
+def _list_sources(config: InputConfig, output: str) -> list[ObjectInfo]:
+    """The files of all paths, each once, sorted by URL."""
+    found: dict[str, ObjectInfo] = {}
+    output = storage.absolute(output)
+    for path in config.paths:
+        path = storage.absolute(path)
+        _refuse_overlap(path, output)
+        for entry in _list_path(path):
+            real = _behind_links(entry.url, output)
+            # Of a file and links to it the file itself, else the first by name.
+            if real not in found or entry.url == real:
+                found[real] = entry
+    return sorted(found.values(), key=lambda entry: entry.url)
 
 
 def remember_footers(corpus: Corpus, output: str) -> None:
@@ -181,12 +200,24 @@ def _refuse_overlap(path: str, output: str) -> None:
         )
 
 
+def _behind_links(url: str, output: str) -> str:
+    """Where a local file really is; other URLs as they are."""
+    if not storage.is_local(url):
+        return url
+    real = os.path.realpath(url)
+    inside = f"{os.path.realpath(output)}/"
+    if real.startswith(inside) and not url.startswith(f"{output}/"):
+        raise InputError(
+            f"input {url}: it is, by a link, part of the output {output}, so that a run would take "
+            "its own results for input. Take out the link, or choose another output."
+        )
+    return real
+
+
 def _read(source: ObjectInfo, output: str) -> list[Footer] | InputError:
     try:
         if _format(source.url) == "parquet":
-            read = [footers.read_footer(source.url, source.url)]
-            listing.refuse_changed(source)
-            return read
+            return [footers.read_footer(source.url, source.url)]
         with _INGESTING:
             pieces = ingest(source, output)
         return [footers.read_footer(f"{source.url}#{n}", piece) for n, piece in enumerate(pieces)]

@@ -54,7 +54,7 @@ _TEXT_FIELDS = {"instruction", "input", "response", "system", "prompt"}
 
 
 def find_columns(
-    schema: pa.Schema, where: str, layout: Literal["auto"] | Layout, mapped: dict[Any, str]
+    schema: pa.Schema, where: str, layout: Literal["auto"] | Layout, mapped: dict[Any, str | None]
 ) -> Columns:
     """Find the layout of a shard and check its columns' types.
 
@@ -62,7 +62,8 @@ def find_columns(
         schema: The shard's.
         where: The shard's URL, for messages.
         layout: A layout, or `auto`: the first that fits, in the order of LAYOUT_ORDER.
-        mapped: Field -> column, from the config; wins over the layout's own names.
+        mapped: Field -> column, from the config; wins over the layout's own names. None leaves an
+            optional field out.
 
     Raises:
         InputError: No layout fits, a column is missing, its type is wrong, or two may be meant.
@@ -73,7 +74,7 @@ def find_columns(
         if not set(mapped) <= set(fields):
             continue  # a mapped field names the layout: {prompt: question} is never Alpaca
         names = {f: _resolve(f, fields[f], schema, mapped) for f in fields}
-        needed = set(fields) - _OPTIONAL | set(mapped)
+        needed = set(fields) - _OPTIONAL | {f for f, name in mapped.items() if name is not None}
         missing = [f for f, name in names.items() if name is None and f in needed]
         if not missing:
             found = Columns(candidate, {f: n for f, n in names.items() if n is not None})
@@ -81,7 +82,7 @@ def find_columns(
             _check_types(schema, where, found)
             return found
     has = ", ".join(schema.names)
-    if absent := {f: name for f, name in mapped.items() if name not in schema.names}:
+    if absent := {f: n for f, n in mapped.items() if n is not None and n not in schema.names}:
         field, name = next(iter(absent.items()))
         near = difflib.get_close_matches(name, schema.names, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -102,7 +103,7 @@ def find_columns(
             f"shard {where}: layout {layout} has no field '{foreign[0]}' to map (has: "
             f"{', '.join(_FIELDS[layout])}). Take out input.columns.{foreign[0]}."
         )
-    name = mapped.get(missing[0], _FIELDS[tried[0]][missing[0]][0])
+    name = mapped.get(missing[0]) or _FIELDS[tried[0]][missing[0]][0]
     raise InputError(
         f"shard {where}: column '{name}' is missing (has: {has}) for layout {layout}. "
         f"Map it: input.columns.{missing[0]}=NAME."
@@ -110,14 +111,16 @@ def find_columns(
 
 
 def _resolve(
-    name: str, candidates: tuple[str, ...], schema: pa.Schema, mapped: dict[Any, str]
+    name: str, candidates: tuple[str, ...], schema: pa.Schema, mapped: dict[Any, str | None]
 ) -> str | None:
     if name in mapped:
         return mapped[name] if mapped[name] in schema.names else None
     return next((c for c in candidates if c in schema.names), None)
 
 
-def _check_meant(schema: pa.Schema, where: str, layout: Layout, mapped: dict[Any, str]) -> None:
+def _check_meant(
+    schema: pa.Schema, where: str, layout: Layout, mapped: dict[Any, str | None]
+) -> None:
     """Else rows that fill the other column, as of two corpora in one file, would be half read."""
     for name, candidates in _FIELDS[layout].items():
         there = [column for column in candidates if column in schema.names]
@@ -146,7 +149,8 @@ def _check_types(schema: pa.Schema, where: str, columns: Columns) -> None:
         if not fits:
             raise InputError(
                 f"shard {where}: column '{column}' has type {kind}, expected {expected} for "
-                f"layout {columns.layout}. Convert it, or map another: input.columns.{name}=NAME."
+                f"layout {columns.layout}. Convert it, or map another: input.columns.{name}=NAME"
+                + (f"; input.columns.{name}=null leaves it out." if name in _OPTIONAL else ".")
             )
 
 

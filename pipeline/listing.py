@@ -1,8 +1,8 @@
 """What is there: objects and files listed through fsspec, each with a version of its content.
 
 A version is an ETag where the store has one, else the time that the object was written. Whoever
-reads what was listed earlier asks `refuse_changed` after it: the rows of another version are not
-those that were planned.
+reads rows of what was listed earlier asks `refuse_changed` after it: those of another version are
+not the ones that were planned.
 """
 
 import glob
@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import ChangedError
 from pipeline.storage import filesystem, is_local
 from pipeline.storage_faults import reading
 
@@ -55,6 +55,8 @@ def list_objects(url: str) -> list[ObjectInfo]:
         else:
             found = _files_below(fs, path) if local else fs.find(path, detail=True)
         for name, info in found.items():
+            if info.get("islink"):  # as `**` lists it
+                found[name] = info = _followed(fs, name)
             if info["type"] == "file" and (info.get("size") is None or not _version(info)):
                 found[name] |= fs.info(name)  # listings over HTTP are names only
     return sorted(
@@ -73,28 +75,27 @@ def list_objects(url: str) -> list[ObjectInfo]:
 
 
 def _matches(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
-    """What matches a glob, also behind links, where fsspec's own does not look."""
-    names = glob.glob(pattern, recursive=True, include_hidden=True)
-    return {name: _followed(fs, name) for name in names}
+    """What matches a glob, also behind links; `**` follows none, or it might never end."""
+    if "**" in pattern:
+        return dict(fs.glob(pattern, detail=True))
+    return {name: _followed(fs, name) for name in glob.glob(pattern, include_hidden=True)}
 
 
 def _files_below(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
-    """Files at any depth, also in directories that are linked to; each once."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    """Files at any depth, also in directories that are linked to, none of which is seen twice."""
+    found: dict[str, dict[str, Any]] = {}
     folders, known = [folder], set()
     for folder in folders:
         if (real := os.path.realpath(folder)) in known:
             continue  # or a link to what it lies in would be followed for ever
         known.add(real)
-        entries = fs.find(folder, detail=True).items()
-        for name, info in sorted(entries, key=lambda entry: entry[1]["islink"]):
+        for name, info in fs.find(folder, detail=True).items():
             if info["islink"]:  # listed as neither file nor directory
                 info = _followed(fs, name)
             if info["type"] == "directory":
                 folders.append(name)
-            else:
-                found.setdefault(os.path.realpath(name), (name, info))
-    return dict(found.values())
+            found[name] = info
+    return found
 
 
 def _followed(fs: Any, name: str) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def refuse_changed(listed: ObjectInfo) -> None:
     """See that an object is still the one that was listed, after it was read.
 
     Raises:
-        InputError: It is another one, or gone.
+        ChangedError: It is another one.
+        InputError: It is gone.
     """
     fs, path = filesystem(listed.url)
     with reading(listed.url):
@@ -130,10 +132,10 @@ def refuse_changed(listed: ObjectInfo) -> None:
         info = fs.info(path)
     now = ObjectInfo(listed.url, int(info["size"] or 0), _version(info))
     if now != listed:
-        raise InputError(
+        raise ChangedError(
             f"{listed.url}: it was overwritten while it was in use: got {now.size:,} bytes of "
-            f"version {now.version}, expected {listed.size:,} of {listed.version}. Run again, and "
-            "put new data beside shards that are in use, not over them."
+            f"version {now.version}, expected {listed.size:,} of {listed.version}. Put new data "
+            "beside shards that are in use, not over them, and run again."
         )
 
 
@@ -146,7 +148,10 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _modified(info: dict[str, Any]) -> float:
-    moment = info.get("mtime") or info.get("LastModified") or info.get("updated")
+    moment = next((info[key] for key in (*_MOMENTS, "updated") if info.get(key)), math.inf)
     if isinstance(moment, str):  # Google's, in RFC 3339
-        moment = datetime.fromisoformat(moment)
-    return moment.timestamp() if isinstance(moment, datetime) else float(moment or math.inf)
+        try:
+            moment = datetime.fromisoformat(moment)
+        except ValueError:  # what others call a time
+            return math.inf
+    return moment.timestamp() if isinstance(moment, datetime) else float(moment)

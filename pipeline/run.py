@@ -189,6 +189,7 @@ class _Scored:
     """Less units of shards that turned out to be unreadable."""
     audited: Audit
     summary: Summary
+    skipped_shards: int
 
 
 def _score(base: Checked, progress: Progress, retry_errors: bool, begun: float) -> _Scored:
@@ -204,9 +205,12 @@ def _scored_before(base: Checked, begun: float) -> _Scored:
 
 
 def _audited(job: Job, done: list[UnitDone], begun: float) -> _Scored:
-    finished = job.plan.without({unit.unit_id for unit in done if unit.failure})
+    failed = [unit for unit in done if unit.failure]
+    finished = job.plan.without({unit.unit_id for unit in failed})
     audited = accounting.audit(finished)
-    return _Scored(job, finished, audited, summarise(job, finished, done, audited, begun))
+    summary = summarise(job, finished, done, audited, begun)
+    skipped_shards = len(job.corpus.skipped) + len({unit.shard_url for unit in failed})
+    return _Scored(job, finished, audited, summary, skipped_shards)
 
 
 def _select(scored: _Scored) -> tuple[Finished, Survey | None]:
@@ -219,7 +223,7 @@ def _select(scored: _Scored) -> tuple[Finished, Survey | None]:
         settings,
         scored.job.score_fp,
         scored.audited,
-        len(scored.summary.skipped_shards),
+        scored.skipped_shards,
     )
 
 

@@ -50,8 +50,8 @@ LOAD_TIMEOUT_S = 3600.0
 _NUM_STAGES = 3
 _READS_PER_ACTOR = 8
 _MOST_LOST = 64
-"""Units, besides a quarter of them, that a pass may lose with their processes: about what is in
-flight on nodes that a spot market takes back at once."""
+"""Tasks, besides one for every fourth unit, that a pass may lose with their processes: about what
+is in flight on nodes that a spot market takes back at once."""
 
 
 def score_pass(units: list[Unit], scoring: Scoring, *, alone: bool = False) -> Iterator[UnitDone]:

@@ -30,8 +30,8 @@ from pipeline.s3 import WholeS3FileSystem, says_exists
 from pipeline.storage_faults import changing, no_parquet, reading
 
 _LARGE_ROW_GROUP = 1 << 28
-"""Bytes, uncompressed. Of a larger row group not all is read at once: it would be in memory once
-for each task that reads, 222 MB of one with a million Alpaca rows instead of 31."""
+"""Bytes, uncompressed. A larger row group is not read at once: it would be in memory whole, once
+for each task that reads."""
 
 _READ_AHEAD = 1 << 23
 """Bytes that are read of each column of it at a time."""
@@ -197,7 +197,7 @@ def replace_if_unchanged(url: str, data: bytes) -> None:
     """Point a small object at new content, unless another writer moved it meanwhile.
 
     The one object that moves is LATEST.json; losing the race to another run is a success, since
-    that run's result is as new as this one's.
+    that run's result is as new as this one's. Only S3 tells of one: elsewhere the last writer wins.
     """
     fs, path = filesystem(url)
     with changing(url, f"cannot write {len(data):,} bytes"):
@@ -209,7 +209,7 @@ def replace_if_unchanged(url: str, data: bytes) -> None:
         if info is None:
             publish(url, data)
             return
-        if "ETag" not in info:  # not S3: the last writer wins, whose result is the newest
+        if "ETag" not in info:
             fs.pipe_file(path, data)
             return
         try:

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -25,12 +26,11 @@ def speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
     Ray prints what its daemons say to standard output: while this is open, that is standard error.
     """
     _quiet_libraries()
-    before = signal.signal(signal.SIGTERM, _end)  # what a pod that is deleted gets
     out = sys.stdout
     err = Console(stderr=True, highlight=False)
     results = err if as_json else Console(file=out, highlight=False)
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _terminating():
             yield out, results, err
     except KeyboardInterrupt as interrupt:
         say(err, "interrupted; what was done is kept, and the same command goes on from there")
@@ -42,12 +42,23 @@ def speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
         known = cause if isinstance(cause, errors.CherryError) else None
         say(err, str(known or cause))
         raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """SIGTERM, which a pod that is deleted gets, ends what is under way as Ctrl-C does."""
+
+    def end(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _end(number: int, _: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(number))
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def say(err: Console, message: str) -> None:

@@ -12,7 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import models, reuse, storage
-from pipeline.errors import CherryError, InputError, LostUnitError, ShardError, StorageError
+from pipeline.errors import (
+    ChangedError,
+    CherryError,
+    InputError,
+    LostUnitError,
+    ShardError,
+    StorageError,
+)
 from pipeline.rendering import Renderer
 from pipeline.rows import read_units
 from pipeline.samples import Sample, read_samples, sample_id
@@ -45,11 +52,13 @@ def read(unit: Unit, tables: Iterator[pa.Table] | None = None) -> list[Sample]:
     """The samples of a unit; its rows are the next of `tables`, if it is read with others.
 
     Raises:
-        ShardError: The shard cannot be read, or changed since its footer was.
-        StorageError: The store does not give it.
+        ShardError: The shard cannot be read.
+        StorageError: The store does not give it, or another one in its place.
     """
     try:
         return list(read_samples(next(tables or read_units([unit])), unit.columns))
+    except ChangedError as err:  # the shard is good, and must not be left out
+        raise StorageError(f"shard {unit.shard_url}: {err} What is scored is kept.") from err
     except (InputError, pa.ArrowException, OSError) as err:
         if is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
             raise StorageError(

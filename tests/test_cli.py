@@ -183,6 +183,11 @@ def test_a_section_that_is_there_twice(refused: Callable[..., str], job: Path) -
     assert_says(refused(), f"config {job}: cannot be read as YAML", "'select' is there twice")
 
 
+def test_yaml_that_merges_and_refers_to_itself(refused: Callable[..., str], job: Path) -> None:
+    job.write_text("x: {y: &a {<<: {path: /a}, path: /c}}\nz: {<<: *a}\nr: &r [*r]\n")
+    assert_says(refused(), "key 'x' is unknown")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -192,11 +197,18 @@ def test_a_section_that_is_there_twice(refused: Callable[..., str], job: Path) -
         ("select.fraction=10%", "key 'select.fraction': got '10%', expected a number"),
         ("score.compile=perhaps", "key 'score.compile': got 'perhaps', expected true or false"),
         ("select.count=-1", "key 'select.count': got -1, expected at least 0"),
+        ("input.path=[1, 2]", "key 'input.path': got 1, expected text"),
+        ("input.path=[]", "key 'input.path': got [], expected text, or a list that is not empty"),
+        ("cluster.actors=aut", "expected 'auto', or a whole number. Did you mean 'auto'?"),
+        ("cluster.gpus_per_actor=.inf", "got inf, expected 'auto', or a finite number"),
+        ("score.share=prefixes", "key 'score.share': got 'prefixes', expected a list"),
+        ("output=", "key 'output': got None, expected text"),
+        ("output=''", "key 'output': got '', expected text that is not empty"),
     ],
 )
 def test_a_value_of_another_type(refused: Callable[..., str], override: str, said: str) -> None:
     message = refused(override)
-    assert_says(message, f" with --set: {said}\n")
+    assert_says(message, " with --set: ", f"{said}\n")
     assert message.count("expected") == 1
 
 

@@ -19,7 +19,7 @@ from pipeline.budgets import SelectSettings
 from pipeline.columns import output_schema
 from pipeline.config import InputConfig
 from pipeline.config_select import SelectConfig
-from pipeline.errors import InputError
+from pipeline.errors import ChangedError, InputError
 from pipeline.inputs import Corpus
 from pipeline.samples import read_samples
 from pipeline.schemas import BAD_LINE
@@ -245,6 +245,57 @@ def test_an_upload_that_failed_is_no_empty_file(
     write(tmp_path / "in/a.jsonl", jsonl(A))
     write(tmp_path / f"in/b.jsonl.{suffix}", b"")
     with pytest.raises(InputError, match="it has 0 bytes, which no compressed file has"):
+        open_at(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("files", "links", "expected"),
+    [
+        # git-annex: what is seen is a link to what is hidden.
+        ({".git/annex/MD5.parquet"}, {"a.parquet": ".git/annex/MD5.parquet"}, ["a.parquet"]),
+        # A mount of Kubernetes.
+        (
+            {"..2026/a.parquet"},
+            {"..data": "..2026", "a.parquet": "..data/a.parquet"},
+            ["a.parquet"],
+        ),
+        # The cache of the Hub: blobs have no suffix.
+        ({"blobs/77"}, {"snapshots/1/a.parquet": "blobs/77"}, ["snapshots/1/a.parquet"]),
+        ({"a.parquet"}, {"latest.parquet": "a.parquet", "b.parquet": "a.parquet"}, ["a.parquet"]),
+        ({"v1/a.parquet"}, {"latest": "v1"}, ["v1/a.parquet"]),
+    ],
+    ids=["annex", "mount", "hub", "alias", "alias of a directory"],
+)
+@pytest.mark.parametrize("pattern", ["", "*.parquet", "*/*.parquet"])
+def test_a_file_is_read_once_by_whatever_links(
+    tmp_path: Path,
+    open_at: Callable[..., Corpus],
+    files: set[str],
+    links: dict[str, str],
+    expected: list[str],
+    pattern: str,
+) -> None:
+    folder = tmp_path / "in"
+    for name in files:
+        write_parquet(folder / name, [A])
+    for link, target in links.items():
+        (folder / link).parent.mkdir(parents=True, exist_ok=True)
+        (folder / link).symlink_to(folder / target)
+    if pattern:
+        if expected[0].count("/") != pattern.count("/"):
+            return
+        paths = [str(folder / pattern), str(folder)]
+    else:
+        paths = [str(folder)]
+    corpus = open_at(paths)
+    assert [str(Path(shard.url).relative_to(folder)) for shard in corpus.shards] == expected
+
+
+def test_a_link_into_the_output_is_refused(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    write_parquet(tmp_path / "in/a.parquet", [A])
+    write_parquet(tmp_path / "out/cherry/part-0.parquet", [A])
+    (tmp_path / "in/more").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"more/out/cherry/part-0\.parquet: it is, by a link,"):
         open_at(tmp_path / "in")
 
 
@@ -477,7 +528,7 @@ def test_a_source_overwritten_while_it_is_ingested_is_refused(
         return to_parquet(rows)
 
     monkeypatch.setattr(ingest, "_to_parquet", overwrite)
-    with pytest.raises(InputError, match=r"a\.jsonl: it was overwritten while it was in use"):
+    with pytest.raises(ChangedError, match=r"a\.jsonl: it was overwritten while it was in use"):
         open_at(path)
     monkeypatch.undo()
     assert rows_of(open_at(path)) == [A, B]
@@ -494,7 +545,7 @@ def test_a_shard_overwritten_before_its_footer_is_read_is_refused(
         return read_footer(*urls)
 
     monkeypatch.setattr(footers, "read_footer", overwrite)
-    with pytest.raises(InputError, match=r"a\.parquet: it was overwritten while it was in use"):
+    with pytest.raises(ChangedError, match=r"a\.parquet: it was overwritten while its footer was"):
         open_at(path)
 
 

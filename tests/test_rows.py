@@ -95,6 +95,7 @@ def test_neighbours_in_a_shard_are_read_together(tmp_path: Path) -> None:
     assert sizes(5) == [4, 4, 2, 4, 4, 2]
     assert sizes(20) == sizes(1000) == [1] * 20
     assert sizes(1, units[9::-1]) == [1] * 10  # a sweep never goes back
+    assert sizes(1, [unit_of(one, n, n + 1) for n in range(130)]) == [64, 64, 2]
     wide = [unit_of(one, n, n + 40_000) for n in range(0, 200_000, 40_000)]
     assert sizes(1, wide) == [2, 2, 1]
     assert plan_reads([], 8) == []
@@ -119,7 +120,7 @@ def test_rows_of_a_shard_that_was_overwritten_are_refused(tmp_path: Path) -> Non
     (tmp_path / "new.parquet").replace(file.url)
     with pytest.raises(InputError, match=r"overwritten while it was in use: got [\d,]+ bytes"):
         next(tables)
-    with pytest.raises(InputError, match="put new data beside"):
+    with pytest.raises(InputError, match="Put new data beside"):
         take_rows(file, np.array([3]), {"n"})
     (tmp_path / "shard.parquet").unlink()
     with pytest.raises(InputError, match="no such file"):

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import REPOSITORY, ROWS, make_tokenizer, read_parts, write_parquet
+from ray.exceptions import RayTaskError
 
 from pipeline import recovery, run, scoring
-from pipeline.errors import InputError, ShardError
+from pipeline.errors import InputError, ShardError, StorageError
 from pipeline.schemas import PART
 from pipeline.summary import failed_fraction
+from pipeline.watching import Pace, Silence
 
 pytestmark = pytest.mark.ray
 ConfigFor = Callable[..., Any]
@@ -207,6 +209,28 @@ def test_a_shard_that_breaks_while_running_is_named_and_the_others_are_kept(
     assert again.manifest == summary.manifest
     with pytest.raises(InputError, match="units are not scored yet"):
         run.select(config_for(corpus))
+
+
+@pytest.mark.parametrize("on_bad_shard", ["fail", "skip"])
+def test_a_shard_that_is_overwritten_while_running_gives_no_row_another_ones_score(
+    ray_local: None, config_for: ConfigFor, corpus: Path, on_bad_shard: str
+) -> None:
+    """Before its rows are read, or between that and the writing: whichever it is, nothing is said
+    to be done."""
+
+    class Overwrite(Silence):
+        def unit(self, pace: Pace) -> None:
+            if pace.done == 1:
+                for path in corpus.iterdir():
+                    write_parquet(corpus.with_name("new"), ROWS[::-1])
+                    corpus.with_name("new").replace(path)
+
+    config = config_for(corpus, input={"on_bad_shard": on_bad_shard}, select={"fraction": 1.0})
+    with pytest.raises((StorageError, RayTaskError), match="overwritten while it was in use"):
+        run.run(config, Overwrite())
+    assert not Path(config.output, "LATEST.json").exists()
+    again = run.run(config).summary
+    assert again.rows == 3 * len(ROWS)
 
 
 def test_one_unit_loads_one_model(

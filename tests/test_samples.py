@@ -217,6 +217,15 @@ def test_alpaca_rows_have_their_system_and_earlier_turns() -> None:
         find(pa.table({"instruction": ["x"], "output": ["y"], "history": [["a", "b"]]}).schema)
 
 
+def test_an_optional_column_of_another_meaning_is_left_out() -> None:
+    schema = pa.schema([("instruction", TEXT), ("output", TEXT), ("system", pa.int64())])
+    with pytest.raises(InputError, match=r"'system' has type int64.*system=null leaves it out"):
+        find(schema)
+    assert find(schema, system=None).names == {"instruction": "instruction", "response": "output"}
+    with pytest.raises(InputError, match="no known layout fits"):  # this one is not optional
+        find(schema, response=None)
+
+
 def test_a_system_column_comes_before_a_conversation_that_has_none() -> None:
     said = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
     own = [{"from": "system", "value": "Be kind."}, *said]

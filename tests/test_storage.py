@@ -122,11 +122,10 @@ def test_a_bit_that_flipped_in_a_part_is_noticed(tmp_path: Path) -> None:
             parquet.read()
 
 
-def test_links_are_followed_to_files_and_directories_each_once(tmp_path: Path) -> None:
+def test_links_are_followed_to_files_and_directories(tmp_path: Path) -> None:
     for name in ("in/a", "in/deep/b", "out/c", "out/deep/d", "other/e"):
         storage.publish(str(tmp_path / name), b"xyz")
-    links = {"in/to-file": "other/e", "in/to-folder": "out", "in/deep/again": "out/deep"}
-    links |= {"in/circle": "in", "in/deep/sibling": "in/deep", "out/back": "in"}
+    links = {"in/to-file": "other/e", "in/to-folder": "out", "in/circle": "in", "out/back": "in"}
     for link, target in links.items():
         (tmp_path / link).symlink_to(tmp_path / target)
 
@@ -135,13 +134,10 @@ def test_links_are_followed_to_files_and_directories_each_once(tmp_path: Path) -
         assert all(entry.size == 3 and entry.version for entry in entries)
         return [str(Path(entry.url).relative_to(tmp_path)) for entry in entries]
 
-    assert listed("in") == [
-        "in/a", "in/deep/again/d", "in/deep/b", "in/to-file", "in/to-folder/c"
-    ]  # fmt: skip
+    below = ["in/a", "in/deep/b", "in/to-file"]
+    assert listed("in") == [*below, "in/to-folder/c", "in/to-folder/deep/d"]
     assert listed("in/to-*/*") == ["in/to-folder/c"]
-    assert {Path(name).name for name in listed("in/to-folder")} == {"a", "b", "c", "d", "to-file"}
-    (tmp_path / "in/again").symlink_to(tmp_path / "in/deep/b")
-    assert "in/again" not in listed("in")
+    assert listed("in/**") == below  # which follows no links to directories
     (tmp_path / "in/broken").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"in/broken: there is no such file"):
         listed("in")
