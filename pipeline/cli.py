@@ -203,13 +203,13 @@ def submit(
             path, overrides, address, command=command, variables=variables, extras=extras,
             options=["--retry-errors"] if retry_errors else [], installed=installed,
         )  # fmt: skip
-        say(err, f"{'started' if job.started else 'already running:'} {job.submission_id}")
-        if not wait:
-            say(err, f"follow it: cherry submit ... --wait, or {job.address}")
-            if as_json:
-                print_json({"submission_id": job.submission_id, "started": job.started}, out)
-            return
         try:
+            say(err, f"{'started' if job.started else 'already running:'} {job.submission_id}")
+            if not wait:
+                say(err, f"follow it: cherry submit ... --wait, or {job.address}")
+                if as_json:
+                    print_json({"submission_id": job.submission_id, "started": job.started}, out)
+                return
             ended = following.follow(job, lambda line: _echo(results, line))
         except KeyboardInterrupt as interrupt:
             if signal.SIGTERM in interrupt.args:  # nobody is there to be asked

@@ -157,8 +157,9 @@ def test_the_same_job_is_not_started_twice_at_once(
     assert client.get_job_status(name) == JobStatus.STOPPED
     # What was stopped may be started again, under a name of its own.
     again = submit(path, cluster, "--wait", "--json")
-    names = lambda: [job.submission_id for job in client.list_jobs()]  # noqa: E731
-    await_from(again, lambda: f"{name}-2" in names(), "the second job")
+    assert again.stderr is not None
+    started = next(line for line in again.stderr if "started" in line)
+    assert f"started {name}-2" in started
     os.killpg(again.pid, signal.SIGINT)  # where nobody can be asked, it goes on
     _, err = again.communicate(timeout=60)
     assert again.returncode == errors.EXIT_INTERRUPTED, err
