@@ -111,25 +111,14 @@ def experience(
 @app.command()
 def train(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train the base model on the cherry subset."""
-    settings, (_, summary) = _watch(
-        flow.train,
-        lambda found, console: report.show_trained(found[0], console),
-        lambda found: _finished_json(found[0]) | {"skipped_shards": found[1].skipped_shards},
-        path, overrides, as_json,
-    )  # fmt: skip
-    _check_summary(settings, summary)
+    _show_of_subset(flow.train, report.show_trained, _finished_json, path, overrides, as_json)
 
 
 @app.command()
 def compare(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train on the cherry subset and on controls, and judge them."""
-    settings, (_, summary) = _watch(
-        flow.compare,
-        lambda found, console: comparison_report.show(found[0], console),
-        lambda found: _comparison_json(found[0]) | {"skipped_shards": found[1].skipped_shards},
-        path, overrides, as_json,
-    )  # fmt: skip
-    _check_summary(settings, summary)
+    show = comparison_report.show
+    _show_of_subset(flow.compare, show, _comparison_json, path, overrides, as_json)
 
 
 @app.command()
@@ -268,6 +257,24 @@ def _show_run(
 ) -> None:
     settings, result = _watch(command, report.show, _summary_json, path, overrides, as_json)
     _check_summary(settings, result.summary)
+
+
+def _show_of_subset(
+    command: Callable[[config.Config, Progress], tuple[T, Summary]],
+    show: Callable[[T, Console], None],
+    to_json: Callable[[T], dict[str, Any]],
+    path: str,
+    overrides: list[str] | None,
+    as_json: bool,
+) -> None:
+    """What was made of a subset, and whether the subset lacks shards or rows that failed."""
+    settings, (_, summary) = _watch(
+        command,
+        lambda found, console: show(found[0], console),
+        lambda found: to_json(found[0]) | {"skipped_shards": found[1].skipped_shards},
+        path, overrides, as_json,
+    )  # fmt: skip
+    _check_summary(settings, summary)
 
 
 def _check_summary(settings: config.Config, summary: Summary) -> None:

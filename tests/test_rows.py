@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import listing
+from pipeline import listing, tokenising
 from pipeline import rows as rows_module
-from pipeline.errors import InputError
+from pipeline.errors import ChangedError, InputError, StorageError
 from pipeline.layouts import Columns
 from pipeline.listing import ObjectInfo
 from pipeline.rows import plan_reads, read_units, take_rows
@@ -120,8 +120,10 @@ def test_rows_of_a_shard_that_was_overwritten_are_refused(tmp_path: Path) -> Non
     (tmp_path / "new.parquet").replace(file.url)
     with pytest.raises(InputError, match=r"overwritten while it was in use: got [\d,]+ bytes"):
         next(tables)
-    with pytest.raises(InputError, match="Put new data beside"):
+    with pytest.raises(ChangedError, match="Put new data beside"):
         take_rows(file, np.array([3]), {"n"})
+    with pytest.raises(StorageError, match="What is scored is kept"):  # no bad shard, to be skipped
+        tokenising.read(unit_of(file, 0, 5))
     (tmp_path / "shard.parquet").unlink()
     with pytest.raises(InputError, match="no such file"):
         take_rows(file, np.array([3]), {"n"})

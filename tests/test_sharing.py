@@ -67,6 +67,17 @@ def test_shared_prefixes_equal_eager_one_row_at_a_time(family: str, budget: int)
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
+@pytest.mark.parametrize("head", [77, 96, 141])  # filled up to 96, 96 and 160
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 150}])
+def test_keys_that_fill_up_a_prefix_are_never_seen(changes: dict[str, int], head: int) -> None:
+    model = tiny_model("Mistral", max_position_embeddings=512, **changes)
+    sequences = continuing([129, 150, 180, 20], head=head)
+    engine = Engine(model)
+    assert "prefixes" in engine.share
+    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 600}])
 def test_long_tails_go_through_the_fused_kernel_and_equal_eager(changes: dict[str, int]) -> None:
     model = tiny_model("Mistral", max_position_embeddings=2048, **changes)
