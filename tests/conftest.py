@@ -35,6 +35,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # several clusters come and go in one 
 os.environ["RAY_num_workers_soft_limit"] = "5"  # as cluster.connected() has it on two cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it is imported
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -318,3 +320,12 @@ def read_parts(scores_url: str | Path) -> pa.Table:
         shard = pa.array([unit["shard_url"]] * len(table))
         tables.append(table.append_column("shard", shard).replace_schema_metadata(None))
     return pa.concat_tables(tables).sort_by([("shard", "ascending"), ("row_index", "ascending")])
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where kernels that are written in Triton run: a GPU, or a CPU through its interpreter."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")

@@ -16,7 +16,6 @@ from transformers import AttentionInterface
 
 from pipeline import forward, probe, projection
 from pipeline.attention import PACKED, UnsupportedAttentionError, packed_attention
-from pipeline.compiled import repeated_layers
 from pipeline.devices import auto_batch_tokens, auto_dtype
 from pipeline.engine import Engine, TokenSequence
 from pipeline.forward import longest_together, run_padded
@@ -346,30 +345,6 @@ def test_attention_refuses_what_it_does_not_know() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("states", "width"), [(5, 32), (300, 576)])
-def test_bfloat16_logits_are_float32_from_the_hidden_states_on(states: int, width: int) -> None:
-    """The only rounding in half precision is the body's: the projection adds none of its own."""
-    model = tiny_model("Llama", hidden_size=width, num_hidden_layers=1).bfloat16()
-    engine = Engine(model)
-    hidden = torch.randn(states, width).bfloat16()
-    targets = torch.arange(states) % 600
-    exact = hidden.double() @ model.lm_head.weight.double().T
-    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
-    rounding = 1e-6 * width / 32  # of so many float32 sums; bfloat16 logits would be off by 1e-2
-    torch.testing.assert_close(
-        engine._projection.nll(hidden, targets).double(), expected, rtol=1e-6, atol=rounding
-    )
-
-
-def test_tiles_of_the_vocabulary_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("Gemma2", final_logit_softcapping=3.0)
-    sequences = sequences_of([30, 7])
-    whole = Engine(model).score(sequences)
-    monkeypatch.setitem(projection._TILES, "cpu", (5, 17))
-    for one, other in zip(whole, Engine(model).score(sequences), strict=True):
-        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
-
-
 def test_several_spans_of_one_sequence_are_summed_apart() -> None:
     model = tiny_model("Llama")
     ids = np.arange(30, dtype=np.int32)
@@ -489,56 +464,6 @@ def test_every_family_on_a_gpu_agrees_with_float32_on_the_cpu(
         assert loss.nll_nats == pytest.approx(nll, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gpt2-learned-positions"])
-def test_shared_prefixes_and_compiled_layers_change_nothing_on_a_gpu(family: str) -> None:
-    architecture, changes = FAMILIES[family]
-    model = tiny_model(architecture, **changes).to("cuda")
-    sequences = sequences_of([40, 30, 25, 60, 33, 130])
-    for sequence in sequences:
-        sequence.input_ids[:20] = sequences[0].input_ids[:20]
-    plain = Engine(model, share=(), compiled=False).score(sequences)
-    engine = Engine(model)
-    assert engine.compiled
-    assert "prefixes" in engine.share
-    for one, other in zip(engine.score(sequences), plain, strict=True):
-        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
-
-
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize(
-    ("states", "depth", "vocabulary", "biased", "transform"),
-    [
-        (1, 64, 256, False, LogitTransform()),
-        (300, 768, 50257, False, LogitTransform()),
-        (129, 100, 1000, True, LogitTransform(0.25)),
-        (8200, 576, 49152, False, LogitTransform()),
-        (7, 2304, 256000, False, LogitTransform(1.0, 30.0)),
-    ],
-)
-def test_the_projection_kernel_equals_float64(
-    states: int, depth: int, vocabulary: int, biased: bool, transform: LogitTransform
-) -> None:
-    from pipeline.projection_kernel import cross_entropy
-
-    torch.manual_seed(0)
-    hidden = torch.randn(states, depth, device="cuda").bfloat16()
-    weight = (torch.randn(vocabulary, depth, device="cuda") * depth**-0.5 * 3).bfloat16()
-    bias = torch.randn(vocabulary, device="cuda").bfloat16() if biased else None
-    targets = torch.randint(vocabulary, (states,), device="cuda")
-    targets[-1], targets[0] = 0, vocabulary - 1
-    losses = cross_entropy(hidden, weight, bias, targets, *transform)
-    for at in range(0, states, 1000):
-        logits = hidden[at : at + 1000].double() @ weight.double().T
-        logits = transform(logits if bias is None else logits + bias.double())
-        expected = torch.nn.functional.cross_entropy(
-            logits, targets[at : at + 1000], reduction="none"
-        )
-        torch.testing.assert_close(losses[at : at + 1000].double(), expected, rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, *UNPACKABLE])
 def test_every_family_in_bfloat16_agrees_with_float32(family: str) -> None:
     architecture, changes = {**FAMILIES, **UNPACKABLE}[family]
@@ -584,90 +509,6 @@ def test_a_model_that_takes_one_dtype_only_is_left_as_it_is() -> None:
     assert model not in forward._float32_between_layers
     assert engine.mode == "packed"
     assert all(loss.error is None for loss in engine.score(sequences))
-
-
-def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
-    """Layers are traced and guarded as on a GPU, and what comes out of it is run by `backend`."""
-
-    def compile_layers(model: torch.nn.Module) -> bool:
-        for layer in repeated_layers(model):
-            layer.compile(dynamic=True, backend=backend)
-        return True
-
-    torch.compiler.reset()
-    monkeypatch.setattr("pipeline.probe.compile_layers", compile_layers)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2-learned-positions", "gemma2-soft-caps"])
-def test_a_layer_is_compiled_once_for_all_packs(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[torch.fx.GraphModule] = []
-
-    def counted(graph: torch.fx.GraphModule, _: object) -> object:
-        compiled.append(graph)
-        return graph.forward
-
-    compile_without_a_compiler(monkeypatch, counted)
-    architecture, changes = FAMILIES[family]
-    model = tiny_model(architecture, **changes)  # not compiled, of the same weights
-    engine = Engine(tiny_model(architecture, **changes), max_batch_tokens=120)
-    assert (engine.mode, engine.compiled) == ("packed", True)
-    before = len(compiled)
-    for seed in range(1, 12):  # more packs than PyTorch would compile a layer for
-        lengths = np.random.default_rng(seed).integers(2, 60, 2 * seed).tolist()
-        sequences = sequences_of(lengths, seed)
-        losses = engine.score(sequences)
-        for sequence, loss in zip(sequences[:3], losses, strict=False):
-            assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
-    assert len(compiled) == before > 0
-
-
-@pytest.mark.parametrize("family", ["llama", "gptj-own-attention"])
-def test_layers_that_cannot_be_compiled_run_as_they_are_written(
-    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no compiler")
-
-    compile_without_a_compiler(monkeypatch, broken)
-    architecture, changes = FAMILIES[family]
-    model = tiny_model(architecture, **changes)
-    sequences = sequences_of([40, 3, 25])
-    engine = Engine(model)
-    assert (engine.mode, engine.compiled) == ("packed", False)
-    assert ("prefixes" in engine.share) == (family == "llama")
-    assert "layers run uncompiled" in caplog.text
-    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
-        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
-
-
-def test_what_cannot_be_shared_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_without_a_compiler(monkeypatch, "eager")
-    architecture, changes = FAMILIES["gptj-own-attention"]
-    engine = Engine(tiny_model(architecture, **changes))
-    assert (engine.mode, engine.compiled, engine.share) == ("packed", True, {"equal", "turns"})
-
-
-def test_what_compiled_layers_are_compared_with_is_never_compiled() -> None:
-    def asked(*_: object) -> None:
-        raise AssertionError
-
-    model = tiny_model("Llama")
-    for layer in repeated_layers(model):
-        layer.compile(backend=asked)
-    forward.run_alone(model, model, np.arange(5, dtype=np.int32))
-
-
-def test_a_compiler_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(graph: torch.fx.GraphModule, _: object) -> object:
-        return lambda *inputs: tuple(
-            1.5 * x if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for x in graph.forward(*inputs)
-        )
-
-    compile_without_a_compiler(monkeypatch, wrong)
-    assert not Engine(tiny_model("Llama")).compiled
 
 
 def test_a_pass_does_not_ask_the_device_where_sequences_begin(

@@ -1,0 +1,107 @@
+"""From hidden states to losses: logits in tiles, and the kernel that writes none."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_engine import sequences_of
+from torch import Tensor
+
+from pipeline import projection
+from pipeline.engine import Engine
+from pipeline.projection import LogitTransform
+
+
+@pytest.mark.parametrize(("states", "width"), [(5, 32), (300, 576)])
+def test_bfloat16_logits_are_float32_from_the_hidden_states_on(states: int, width: int) -> None:
+    """The only rounding in half precision is the body's: the projection adds none of its own."""
+    model = tiny_model("Llama", hidden_size=width, num_hidden_layers=1).bfloat16()
+    engine = Engine(model)
+    hidden = torch.randn(states, width).bfloat16()
+    targets = torch.arange(states) % 600
+    exact = hidden.double() @ model.lm_head.weight.double().T
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    rounding = 1e-6 * width / 32  # of so many float32 sums; bfloat16 logits would be off by 1e-2
+    torch.testing.assert_close(
+        engine._projection.nll(hidden, targets).double(), expected, rtol=1e-6, atol=rounding
+    )
+
+
+def test_tiles_of_the_vocabulary_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Gemma2", final_logit_softcapping=3.0)
+    sequences = sequences_of([30, 7])
+    whole = Engine(model).score(sequences)
+    monkeypatch.setitem(projection._TILES, "cpu", (5, 17))
+    for one, other in zip(whole, Engine(model).score(sequences), strict=True):
+        assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("states", "depth", "vocabulary", "biased", "transform"),
+    [
+        pytest.param(1, 64, 256, False, LogitTransform(), id="one-state"),
+        pytest.param(129, 100, 1000, True, LogitTransform(0.25), id="odd-sizes-bias-scale"),
+        pytest.param(1200, 64, 700, False, LogitTransform(), id="two-launches"),
+        pytest.param(1100, 32, 300, False, LogitTransform(), id="more-tiles-than-a-group"),
+        pytest.param(7, 2304, 1000, False, LogitTransform(1.0, 30.0), id="soft-cap"),
+    ],
+)
+def test_the_kernel_equals_float64(
+    states: int,
+    depth: int,
+    vocabulary: int,
+    biased: bool,
+    transform: LogitTransform,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import pipeline.projection_kernel
+
+    launch = 1024 if states == 1200 else 8192
+    monkeypatch.setattr(pipeline.projection_kernel, "_ROWS", launch)
+    compare_kernel(kernel_device, states, depth, vocabulary, biased, transform)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("states", "depth", "vocabulary", "transform"),
+    [
+        (300, 768, 50257, LogitTransform()),
+        (8200, 576, 49152, LogitTransform()),
+        (7, 2304, 256000, LogitTransform(1.0, 30.0)),
+    ],
+)
+def test_the_kernel_equals_float64_at_full_size(
+    states: int, depth: int, vocabulary: int, transform: LogitTransform
+) -> None:
+    compare_kernel(torch.device("cuda"), states, depth, vocabulary, False, transform)
+
+
+def compare_kernel(
+    device: torch.device,
+    states: int,
+    depth: int,
+    vocabulary: int,
+    biased: bool,
+    transform: LogitTransform,
+) -> None:
+    from pipeline.projection_kernel import cross_entropy
+
+    torch.manual_seed(0)
+    # Triton's interpreter has no products of bfloat16.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    hidden = torch.randn(states, depth, device=device).to(dtype)
+    weight = (torch.randn(vocabulary, depth, device=device) * depth**-0.5 * 3).to(dtype)
+    bias = torch.randn(vocabulary, device=device).to(dtype) if biased else None
+    targets = torch.randint(vocabulary, (states,), device=device)
+    targets[-1], targets[0] = 0, vocabulary - 1
+    losses = cross_entropy(hidden, weight, bias, targets, *transform)
+
+    def exact(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = hidden.double() @ weight.double().T
+        logits = transform(logits if bias is None else logits + bias.double())
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    pieces = zip(hidden.split(1000), targets.split(1000), strict=True)  # float64 of a part fits
+    expected = torch.cat([exact(*piece) for piece in pieces])
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-4)
