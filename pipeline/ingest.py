@@ -20,7 +20,7 @@ from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
 from pipeline.storage_faults import reading
 
-INGEST_VERSION = 1
+INGEST_VERSION = 2
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -193,12 +193,15 @@ def _storable(value: Any, depth: int = 1) -> Any:
     """A JSON value as Parquet can hold it.
 
     JSON can spell lone surrogates, UTF-8 cannot: they become U+FFFD, as other readers do. An
-    object without keys becomes null: Parquet has no struct without fields.
+    object without keys becomes null: Parquet has no struct without fields. So does NaN, which is
+    no JSON and by which Python writes what pandas has no value for: among texts it would be one.
     """
     if isinstance(value, str):
         if value.isascii():
             return value
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, float) and value != value:
+        return None
     if isinstance(value, (list, dict)) and depth == _MAX_DEPTH:
         raise _TooDeep
     if isinstance(value, list):

@@ -38,9 +38,14 @@ class Columns:
 # Field -> names to try, the layout's own first. A field in _OPTIONAL may be absent,
 # unless the config maps it.
 _FIELDS: dict[Layout, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": ("messages",)},
+    "messages": {"messages": ("messages",), "system": ("system",)},
     "sharegpt": {"conversations": ("conversations", "conversation"), "system": ("system",)},
-    "prompt_completion": {"prompt": ("prompt",), "response": ("completion", "response")},
+    "prompt_completion": {
+        "prompt": ("prompt",),
+        "response": ("completion", "response"),
+        "system": ("system",),
+        "history": ("history",),
+    },
     "alpaca": {
         "instruction": ("instruction",),
         "input": ("input", "context"),

@@ -20,18 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from pipeline.chat_template import ChatTemplate
 from pipeline.config import TemplateName
 from pipeline.errors import ModelError
 from pipeline.samples import MalformedSampleError, Message, Sample
 from pipeline.templates import (
     TEXT_TEMPLATES,
     TextTurn,
-    chat_messages,
     render_text,
     until_last_answer,
 )
@@ -39,13 +38,9 @@ from pipeline.templates import (
 if TYPE_CHECKING:  # settings.py names the version below, where nobody waits for transformers
     from transformers import PreTrainedTokenizerBase
 
-RENDERING_VERSION = 1
+RENDERING_VERSION = 2
 ENDING_TOKENS = 8
 """Tokens after an answer among which its end is looked for: white space and a special token."""
-
-# Chat templates may print today's date; a score must not depend on the day it was computed. The
-# empty expression keeps Jinja's trim_blocks from eating a newline that the template begins with.
-_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 
 @dataclass(frozen=True)
@@ -109,22 +104,13 @@ class Renderer:
         self.prefix_ids = prefix_token_ids(self._backend)
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._chat_template = tokenizer.chat_template
-        if isinstance(self._chat_template, dict):  # several, by name
-            self._chat_template = self._chat_template.get("default")
-        if template == "chat" and not self._chat_template:
-            raise ModelError(
-                f"tokenizer of {tokenizer.name_or_path}: it has no chat template, which preset or "
-                "template 'chat' needs. A base model scores best under score.preset: cherry."
-            )
+        self._chat = ChatTemplate(tokenizer) if template == "chat" else None
 
     @property
     def template_text(self) -> str:
         """Everything of the template that can change a score, for the fingerprint."""
-        if self.template == "chat":
-            # Templates print special tokens by name.
-            tokens = sorted((k, str(v)) for k, v in self.tokenizer.special_tokens_map.items())
-            return f"{self._chat_template}{tokens}"
+        if self._chat:
+            return self._chat.text
         template = TEXT_TEMPLATES[self.template]
         return repr(template) + (str(self.tokenizer.eos_token) if template.next_turn else "")
 
@@ -155,44 +141,10 @@ class Renderer:
         return [result for result in results if result is not None]
 
     def _render(self, messages: tuple[Message, ...]) -> tuple[str, list[TextTurn]]:
-        if self.template == "chat":
-            return self._render_chat(messages)
+        if self._chat:
+            return self._chat.render(messages)
         eos = str(self.tokenizer.eos_token or "")
         return render_text(TEXT_TEMPLATES[self.template], messages, eos)
-
-    def _render_chat(self, messages: tuple[Message, ...]) -> tuple[str, list[TextTurn]]:
-        chat = chat_messages(messages)
-        whole = self._apply(chat, prompt=False)
-        if any("tool_calls" in m for m in chat):
-            silent = [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat]
-            if self._apply(silent, prompt=False) == whole:
-                raise MalformedSampleError("tool_call")
-        turns = []
-        for index, message in enumerate(chat):
-            content = message["content"]
-            if message["role"] != "assistant" or not content.strip():
-                continue
-            before = self._apply(chat[:index], prompt=False)
-            head = self._apply(chat[:index], prompt=True)
-            if not (head.startswith(before) and whole.startswith(head + content)):
-                raise MalformedSampleError("template")
-            turns.append(TextTurn(len(before), len(head), len(head) + len(content)))
-        return whole, turns
-
-    def _apply(self, chat: list[dict[str, Any]], *, prompt: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    chat_template=f"{_FIXED_DATE}{self._chat_template}",
-                )
-            )
-        # What a template does with a chat it was not written for: raise_exception, a missing
-        # key, messages[0] of an empty list, or string operations on what is no string.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as err:
-            raise MalformedSampleError("template") from err
 
     def _find_spans(
         self, ids: list[int], offsets: npt.NDArray[np.int64], turns: list[TextTurn]
@@ -268,7 +220,9 @@ def exact_offsets_backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
     state = json.loads(backend.to_str())
     state["truncation"] = state["padding"] = None
     _untrim(state.get("post_processor"))
-    return Tokenizer.from_str(json.dumps(state))
+    exact = Tokenizer.from_str(json.dumps(state))
+    exact.encode_special_tokens = backend.encode_special_tokens
+    return exact
 
 
 def _untrim(processor: Any) -> None:

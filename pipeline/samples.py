@@ -3,10 +3,11 @@
 Every layout becomes the same thing, a tuple of messages::
 
     Alpaca             instruction, input, output  ->  user, input, assistant
-                       (system and history, if there, come before)
     prompt/completion  prompt, completion          ->  user, assistant
     messages           [{role, content}]           ->  as they are
     ShareGPT           [{from, value}]             ->  human -> user, gpt -> assistant, ...
+
+A column of system messages comes before all of them, and one of earlier turns before the first two.
 
 An Alpaca input keeps a role of its own ('input'), so that instruction and input stay apart; an
 empty one is no message, so that the same text has the same identity in every layout.
@@ -125,10 +126,9 @@ def _scalar_to_python(scalar: pa.Scalar) -> Any:
         return _NOT_UTF8
 
 
-def _alpaca(row: dict[str, Any]) -> Iterator[Message]:
-    instruction = row["instruction"]
-    if instruction is None:
-        raise MalformedSampleError("null_instruction")
+def _alpaca(row: dict[str, Any], asked: str = "instruction") -> Iterator[Message]:
+    if row[asked] is None:
+        raise MalformedSampleError(f"null_{asked}")
     if system := row.get("system"):
         yield Message("system", system)
     for turn in row.get("history") or ():
@@ -136,26 +136,28 @@ def _alpaca(row: dict[str, Any]) -> Iterator[Message]:
             raise MalformedSampleError("history")
         yield Message("user", turn[0])
         yield Message("assistant", turn[1])
-    yield Message("user", instruction)
+    yield Message("user", row[asked])
     if extra := row.get("input"):
         yield Message("input", extra)
     yield Message("assistant", row["response"] or "")
 
 
-def _prompt_completion(row: dict[str, str | None]) -> Iterator[Message]:
-    prompt = row["prompt"]
-    if prompt is None:
-        raise MalformedSampleError("null_prompt")
-    yield Message("user", prompt)
-    yield Message("assistant", row["response"] or "")
+def _prompt_completion(row: dict[str, Any]) -> Iterator[Message]:
+    yield from _alpaca(row, "prompt")
 
 
 def _messages(row: dict[str, Any]) -> Iterator[Message]:
-    yield from _chat(row["messages"], "role", "content")
+    yield from _conversation(row, "messages", "role", "content")
 
 
 def _sharegpt(row: dict[str, Any]) -> Iterator[Message]:
-    messages = list(_chat(row["conversations"], "from", "value"))
+    yield from _conversation(row, "conversations", "from", "value")
+
+
+def _conversation(
+    row: dict[str, Any], column: str, role_key: str, content_key: str
+) -> Iterator[Message]:
+    messages = list(_chat(row[column], role_key, content_key))
     if row.get("system") and messages[0].role != "system":
         yield Message("system", row["system"])
     yield from messages
@@ -170,7 +172,8 @@ def _chat(turns: list[dict[str, Any]] | None, role_key: str, content_key: str) -
         if turn is None:
             raise MalformedSampleError("null_message")
         name = turn[role_key]
-        if isinstance(name, str) and name in _TOOL_CALL_ROLES:
+        # The field is OpenAI's of before tool_calls, which templates do not know.
+        if (isinstance(name, str) and name in _TOOL_CALL_ROLES) or turn.get("function_call"):
             raise MalformedSampleError("tool_call")
         role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:

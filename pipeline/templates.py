@@ -23,6 +23,7 @@ class TextTemplate:
     `{system}` puts such a message before the instruction, a blank line between."""
     next_turn: str | None = None
     """How a further turn follows a response; None: the template has single turns only."""
+    next_turn_with_input: str | None = None
 
 
 _ALPACA_TAIL = (
@@ -54,6 +55,7 @@ TEXT_TEMPLATES: dict[TemplateName, TextTemplate] = {
         marker="ASSISTANT:",
         system=_VICUNA_SYSTEM,
         next_turn="{eos}USER: {instruction} ASSISTANT:",
+        next_turn_with_input="{eos}USER: {instruction}\nInput:\n{input} ASSISTANT:",
     ),
     "plain": TextTemplate(
         with_input="{instruction}\n{input}\n",
@@ -104,10 +106,7 @@ def render_text(
         else:
             raise MalformedSampleError("multi_turn" if template.next_turn is None else "turn_order")
         rest = rest[2 if extra is None else 3 :]
-        if text:
-            text += str(template.next_turn).format(eos=eos, instruction=user.content)
-        else:
-            text += _first_prompt(template, system, user, extra)
+        text += _prompt(template, system, eos, user, extra, first=not text)
         start = len(text)
         text += answer.content
         if answer.content.strip():
@@ -115,14 +114,26 @@ def render_text(
     return text, turns
 
 
-def _first_prompt(template: TextTemplate, system: str, user: Message, extra: Message | None) -> str:
-    pattern = template.without_input if extra is None else template.with_input
+def _prompt(
+    template: TextTemplate,
+    system: str,
+    eos: str,
+    user: Message,
+    extra: Message | None,
+    *,
+    first: bool,
+) -> str:
+    if first:
+        pattern = template.without_input if extra is None else template.with_input
+    else:
+        pattern = str(template.next_turn if extra is None else template.next_turn_with_input)
     instruction = user.content
-    if system and not template.system:
+    if first and system and not template.system:
         instruction = f"{system}\n\n{instruction}"
     # str.format reads fields from the template only: braces in a content stay braces.
     return pattern.format(
         system=system or template.system,
+        eos=eos,
         instruction=instruction,
         input="" if extra is None else extra.content,
     )

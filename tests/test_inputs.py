@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,14 @@ def test_scalars_of_mixed_types_become_text(tmp_path: Path, open_at: Callable[..
     corpus = open_at(write(tmp_path / "in/a.jsonl", text))
     assert [r["x"] for r in rows_of(corpus)] == ["7", "7", "7.5", "true", None, str(2**70)]
     assert reasons_of(corpus) == [None] * 6
+
+
+def test_nan_is_a_value_that_is_not_there(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    """Python writes it for what pandas has no value for; 'NaN' must not come into a prompt."""
+    text = jsonl({**A, "input": math.nan}, {**A, "input": "1 2"}, {**A, "output": math.nan})
+    rows = rows_of(open_at(write(tmp_path / "in/a.jsonl", text)))
+    assert [r["input"] for r in rows] == [None, "1 2", None]
+    assert rows[2]["output"] is None
 
 
 def test_integers_stay_integers(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:

@@ -3,6 +3,7 @@
 import pytest
 from conftest import CHATML, make_tokenizer
 
+from pipeline.chat_template import ChatTemplate
 from pipeline.config import TemplateName
 from pipeline.errors import ModelError
 from pipeline.rendering import (
@@ -184,6 +185,15 @@ def test_vicuna_defines_turns_and_alpaca_does_not() -> None:
     assert render(chat, "alpaca")[0].reason == "multi_turn"
 
 
+def test_every_turn_of_vicuna_has_its_input() -> None:
+    chat = sample(
+        ("user", "a"), ("assistant", "one"), ("user", "b"), ("input", "c"), ("assistant", "two")
+    )
+    result, renderer = render(chat, "vicuna")
+    assert text(renderer, result.input_ids).endswith("</s>USER: b\nInput:\nc ASSISTANT:two")
+    assert [scored for scored, _ in spans(result, renderer)] == ["one", "two"]
+
+
 def test_own_system_message() -> None:
     chat = sample(("system", "Be brief."), ("user", "a"), ("assistant", "one two"))
     result, renderer = render(chat, "vicuna")
@@ -244,6 +254,106 @@ def test_template_that_refuses_or_fails_is_malformed() -> None:
 def test_generation_prompt_that_is_no_prefix_is_malformed() -> None:
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
     assert render(alpaca("A", "b"), "chat", chat_template=thinking)[0].reason == "template"
+
+
+# What widely used templates put around messages, and what of it is theirs before an answer.
+_QWEN3 = CHATML.replace(
+    "{{ m['content'] }}",
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}",
+)
+_PHI3 = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+_INST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+_DEEPSEEK = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}User: {{ m['content'] }}\n\n"
+    "{% else %}Assistant: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "direct"),
+    [
+        (_QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n(four) five"),
+        (_PHI3, "<|assistant|>\n(four) five"),
+        (_INST, " (four) five"),
+        (_DEEPSEEK, "Assistant: (four) five"),
+    ],
+    ids=["qwen3", "phi3", "inst", "deepseek"],
+)
+def test_what_a_template_puts_before_an_answer_is_its_own(template: str, direct: str) -> None:
+    """The last turn's answer does not begin where the generation prompt ends, or ends the chat."""
+    chat = sample(
+        ("user", "one"), ("assistant", "(two)"), ("user", "three"), ("assistant", "(four) five")
+    )
+    result, renderer = render(chat, "chat", chat_template=template, pair=False)
+    assert result.status == "ok"
+    scored, seen = spans(result, renderer)[1]
+    assert seen == direct
+    # Where a space before it has become a part of its first token, that one is context.
+    assert scored in ("(four) five", "four) five")
+    assert len(result.turns) == 2
+
+
+def test_an_answer_that_holds_a_copy_of_a_template_s_own_text_is_found() -> None:
+    chat = sample(("user", "one"), ("assistant", "<think>\n\n</think>\n\n(two)"))
+    result, renderer = render(chat, "chat", chat_template=_DEEPSEEK, pair=False)
+    assert spans(result, renderer)[0][0].endswith("<think>\n\n</think>\n\n(two)")
+
+
+def test_an_answer_that_a_template_takes_apart_is_malformed() -> None:
+    apart = CHATML.replace(
+        "{{ m['content'] }}", "<think></think>{{ m['content'].split('</think>')[-1] }}"
+    )
+    chat = sample(("user", "one"), ("assistant", "<think>so</think>two"))
+    assert render(chat, "chat", chat_template=apart)[0].reason == "template"
+
+
+def test_an_opening_answer_is_context() -> None:
+    chat = sample(("assistant", "Hello, one?"), ("user", "two"), ("assistant", "three four"))
+    result, renderer = render(chat, "chat")
+    assert spans(result, renderer) == [("three four", "<|im_start|>assistant\nthree four")]
+    assert "Hello, one?" in text(renderer, result.input_ids)
+    alone, _ = render(sample(("assistant", "Hello, one?")), "chat")
+    assert (alone.status, alone.reason) == ("malformed", "no_instruction")
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "user"])
+def test_a_message_that_the_template_leaves_out_makes_a_row_malformed(role: str) -> None:
+    """Its text stands in another message, so that looking for the text would not do."""
+    chat = sample(("user", "42"), (role, "42"), ("user", "So?"), ("assistant", "It is 42."))
+    assert render(chat, "chat")[0].status == "ok"
+    skipping = CHATML.replace(
+        "{% for m in messages %}", "{% for m in [messages[0]] + messages[2:] %}"
+    )
+    assert render(chat, "chat", chat_template=skipping)[0].reason == "template"
+
+
+@pytest.mark.parametrize("lead", ["", "\n", "\n\n", "  ", "   {# said #}\n", "{{ '' }}\n"])
+def test_a_template_begins_as_it_does_in_transformers(lead: str) -> None:
+    indented = lead + "  {% if true %}\n" + CHATML + "{% endif %}\n"
+    tokenizer = make_tokenizer(chat_template=indented)
+    messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "b c"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    rendered, _ = ChatTemplate(tokenizer).render(
+        (Message("user", "A"), Message("assistant", "b c"))
+    )
+    assert rendered == expected
+
+
+def test_special_tokens_are_split_where_the_tokenizer_splits_them() -> None:
+    for split in (False, True):
+        tokenizer = make_tokenizer()
+        tokenizer.split_special_tokens = split
+        expected = tokenizer("two</s> three", add_special_tokens=False).input_ids
+        backend = exact_offsets_backend(tokenizer)
+        assert backend.encode("two</s> three", add_special_tokens=False).ids == expected
 
 
 def test_date_in_a_template_is_fixed() -> None:

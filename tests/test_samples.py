@@ -226,13 +226,26 @@ def test_an_optional_column_of_another_meaning_is_left_out() -> None:
         find(schema, response=None)
 
 
-def test_a_system_column_comes_before_a_conversation_that_has_none() -> None:
-    said = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
-    own = [{"from": "system", "value": "Be kind."}, *said]
-    rows = pa.table({"conversations": [said, own, said], "system": ["Be brief.", "Be brief.", ""]})
-    found = [[(m.role, m.content) for m in sample.messages] for sample in read(rows)]
+@pytest.mark.parametrize(
+    ("column", "keys"), [("conversations", ("from", "value")), ("messages", ("role", "content"))]
+)
+def test_a_system_column_comes_before_a_conversation_that_has_none(
+    column: str, keys: tuple[str, str]
+) -> None:
     turns = [("user", "Hi."), ("assistant", "Hello.")]
+    said = [dict(zip(keys, turn, strict=True)) for turn in turns]
+    own = [dict(zip(keys, ("system", "Be kind."), strict=True)), *said]
+    rows = pa.table({column: [said, own, said], "system": ["Be brief.", "Be brief.", ""]})
+    found = [[(m.role, m.content) for m in sample.messages] for sample in read(rows)]
     assert found == [[("system", "Be brief."), *turns], [("system", "Be kind."), *turns], turns]
+
+
+@pytest.mark.parametrize("response", ["completion", "response"])
+def test_a_prompt_has_its_system_and_earlier_turns(response: str) -> None:
+    columns = {"prompt": ["Hi."], response: ["Hello."], "system": ["Be brief."]}
+    said = [("user", "One?"), ("assistant", "Two."), ("user", "Hi."), ("assistant", "Hello.")]
+    (sample,) = read(pa.table({**columns, "history": [[["One?", "Two."]]]}))
+    assert [(m.role, m.content) for m in sample.messages] == [("system", "Be brief."), *said]
 
 
 def test_mapped_column_wins_over_its_own_name() -> None:
@@ -422,6 +435,17 @@ def test_tool_calls_travel_without_the_nulls_of_parquet() -> None:
 def test_other_keys_of_a_message_are_left_out() -> None:
     sample = chat(says("tool", "3", name="add", tool_call_id="7", weight=0.5, loss=True))
     assert sample.messages[0].extra == {"name": "add", "tool_call_id": "7"}
+
+
+def test_a_call_in_the_old_way_is_malformed() -> None:
+    call = {"name": "weather", "arguments": "{}"}
+    sample = chat(
+        says("user", "Rain?", function_call=None),
+        says("assistant", None, function_call=call),
+        says("function", "no", function_call=None),
+        says("assistant", "It is dry.", function_call=None),
+    )
+    assert sample == Sample(malformed="tool_call")
 
 
 # Bytes that are no text
