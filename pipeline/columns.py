@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline.budgets import SelectSettings
 from pipeline.config_select import Format
 from pipeline.errors import ConfigError, InputError
-from pipeline.examples import example_keys
+from pipeline.examples import example_keys, is_example
 from pipeline.inputs import Corpus, Shard
 from pipeline.schemas import BAD_LINE, SELECTED, SMALLEST_FRACTION
 
@@ -26,6 +26,8 @@ def added_columns(settings: SelectSettings) -> pa.Schema:
 def output_schema(corpus: Corpus, settings: SelectSettings) -> pa.Schema:
     """Columns of the cherry subset: the input's, then those of `added_columns`.
 
+    Those of the layouts are not among them where the format makes examples of them.
+
     Raises:
         InputError: As `merged_schema`; or a column has a name that the format gives to another.
         ConfigError: `group_by` names no column, or one whose values are no names of groups.
@@ -33,11 +35,14 @@ def output_schema(corpus: Corpus, settings: SelectSettings) -> pa.Schema:
     if settings.group_by:
         _check_group_by(settings.group_by, [shard for shard in corpus.shards if shard.num_rows])
     _refuse_taken(corpus, settings.format)
-    return merged_schema(corpus, added_columns(settings))
+    return merged_schema(corpus, added_columns(settings), examples=is_example(settings.format))
 
 
-def merged_schema(corpus: Corpus, added: pa.Schema) -> pa.Schema:
+def merged_schema(corpus: Corpus, added: pa.Schema, *, examples: bool = False) -> pa.Schema:
     """One schema for rows of all shards: the input's columns, then `added`.
+
+    With `examples`, columns that hold a shard's samples are left out: what is such a column in one
+    shard may be any other in the next.
 
     Shards may differ: the output has every column that any shard has, in order of first
     appearance, null where a shard lacks it; a column's types are widened (int32 and int64, int64
@@ -53,13 +58,14 @@ def merged_schema(corpus: Corpus, added: pa.Schema) -> pa.Schema:
     merged: dict[str, pa.DataType] = {}
     owner: dict[str, Shard] = {}
     for shard in shards:
+        left_out = {BAD_LINE, *(shard.columns.names.values() if examples else ())}
         for column in shard.schema:
             if column.name in added.names:
                 raise InputError(
                     f"shard {shard.url}: column '{column.name}' has a name that the output needs "
                     f"({', '.join(added.names)}). Rename it in the input."
                 )
-            if column.name == BAD_LINE:
+            if column.name in left_out:
                 continue
             first = owner.setdefault(column.name, shard)
             known, kind = merged.get(column.name, pa.null()), _written(column.type)

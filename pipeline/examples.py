@@ -27,6 +27,11 @@ _LINE_ENDS = str.maketrans({"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\
 """For readers that split lines as Python does."""
 
 
+def is_example(form: Format) -> bool:
+    """Whether a line is an example made of a row, and not the row itself."""
+    return form in ("alpaca_jsonl", "messages_jsonl")
+
+
 def message_keys(corpus: Corpus) -> tuple[str, ...]:
     """What messages of any shard have besides role and content."""
     found: set[str] = set()
@@ -77,7 +82,8 @@ def to_lines(
     else:
         own = (_as_messages(sample, keys or ()) for sample in read_samples(rows, columns))
     try:
-        for example, other in zip(own, others.to_pylist(), strict=True):
+        for example, other in zip(own, others.to_pylist(maps_as_pydicts="lossy"), strict=True):
+            assert example.keys().isdisjoint(other), (example.keys(), other.keys())
             line = json.dumps(_plain(example | other), ensure_ascii=False, allow_nan=False)
             yield line.translate(_LINE_ENDS)
     except UnicodeDecodeError as err:

@@ -87,7 +87,11 @@ def _sweep(
             )
         needed = np.unique(np.searchsorted(starts, every, side="right") - 1)
         batches = _batches(parquet, names, [(int(g), int(starts[g])) for g in needed])
-        empty = _without_views(parquet.schema_arrow.empty_table().select(names))
+        schema = pa.schema([parquet.schema_arrow.field(name) for name in names])
+        # Schema.empty_table would not make an empty tensor.
+        empty = _without_views(
+            pa.Table.from_arrays([pa.chunked_array([], f.type) for f in schema], schema=schema)
+        )
         begin, batch = 0, empty
         for number, rows in enumerate(wanted):
             pieces = [empty]

@@ -23,6 +23,7 @@ from pipeline.accounting import Audit
 from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows, dealt_rows
 from pipeline.columns import output_schema
 from pipeline.errors import InputError, StorageError
+from pipeline.examples import example_keys, message_keys
 from pipeline.inputs import Corpus
 from pipeline.manifests import Finished
 from pipeline.ranking import Ranking, rank
@@ -48,8 +49,15 @@ def select(
 
     Raises:
         ConfigError: A quota names a group that the corpus has not.
+        InputError: No shard could be read.
         StorageError: Parts changed while they were selected from.
     """
+    if not plan.units:
+        raise InputError(
+            f"input: none of its {len(corpus.shards) + len(corpus.skipped)} shards could be read, "
+            "so there is nothing to select from. What is wrong with them is said above; repair "
+            "them, and run again."
+        )
     schema = output_schema(corpus, settings)
     select_fp = fingerprint(
         {
@@ -58,6 +66,9 @@ def select(
             "parts": audited.digest,
             "settings": asdict(settings),
             "writer_version": WRITER_VERSION,
+            # Shards without a unit (empty ones, or beyond max_rows) have their say in these.
+            "columns": [(field.name, str(field.type)) for field in schema],
+            "keys": [*example_keys(corpus, settings.format), *message_keys(corpus)],
             **({"skipped_shards": skipped_shards} if skipped_shards else {}),
         }
     )

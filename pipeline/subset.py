@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.budgets import SelectSettings
 from pipeline.columns import added_columns
 from pipeline.errors import InputError
-from pipeline.examples import message_keys, to_lines
+from pipeline.examples import is_example, message_keys, to_lines
 from pipeline.inputs import Corpus
 from pipeline.ranking import Ranking
 from pipeline.rows import take_rows
@@ -33,7 +33,7 @@ from pipeline.schemas import SMALLEST_FRACTION
 from pipeline.scores import Task, read_columns
 from pipeline.units import Plan, Unit
 
-WRITER_VERSION = 2
+WRITER_VERSION = 3
 
 _ROWS_PER_GROUP = 10_000
 _BYTES_PER_EXTRACT = 64 << 20
@@ -70,14 +70,15 @@ def write_subset(
     if not num_rows:
         return []
     row_bytes = _row_bytes(corpus)
-    rows_per_part = _rows_per_part(corpus, row_bytes, settings)
+    counts = _count_by_unit(plan, ranking)
+    rows_per_part = _rows_per_part(plan, counts, row_bytes, settings)
     num_parts = -(-num_rows // rows_per_part)
     parts_per_writer = -(-num_parts // _MOST_TASKS)
     rows_per_writer = parts_per_writer * rows_per_part
     num_writers = -(-num_rows // rows_per_writer)
     chats = any(shard.columns.chats for shard in corpus.shards)
     keys = message_keys(corpus) if chats else None
-    extracts = _deal_units(plan, row_bytes, ranking)
+    extracts = _deal_units(plan, counts, row_bytes)
     scatter: Any = _by_extract.options(num_returns=len(extracts))
     scattered = [_as_list(scatter.remote(rows, extracts)) for rows in ranking.chosen]
     extract: Any = _extract.options(num_returns=num_writers)
@@ -108,18 +109,32 @@ def _row_bytes(corpus: Corpus) -> dict[str, float]:
     }
 
 
-def _rows_per_part(corpus: Corpus, row_bytes: dict[str, float], settings: SelectSettings) -> int:
-    """As many as the config says, or fewer where rows are long: a writer holds a whole part."""
-    total = sum(row_bytes[s.url] * s.num_rows for s in corpus.shards if s.num_rows)
-    num_rows = sum(shard.num_rows for shard in corpus.shards)
-    return max(1, min(settings.rows_per_part, int(_MOST_BYTES_PER_PART * num_rows / total)))
-
-
-def _deal_units(plan: Plan, row_bytes: dict[str, float], ranking: Ranking) -> list[slice]:
-    """Neighbouring units that are extracted together: about 64 MiB of selected rows each."""
+def _count_by_unit(plan: Plan, ranking: Ranking) -> npt.NDArray[np.int64]:
+    """Selected rows of each unit."""
     counts = np.zeros(len(plan.units), np.int64)
     for units, rows in ray.get([_count_units.remote(rows) for rows in ranking.chosen]):
         counts[units] += rows
+    return counts
+
+
+def _rows_per_part(
+    plan: Plan,
+    counts: npt.NDArray[np.int64],
+    row_bytes: dict[str, float],
+    settings: SelectSettings,
+) -> int:
+    """As many as the config says, or fewer where rows are long: a writer holds a whole part.
+
+    As many as fit of the longest: ranks may put those of one shard together.
+    """
+    longest = max(row_bytes[plan.units[i].shard_url] for i in np.flatnonzero(counts).tolist())
+    return max(1, min(settings.rows_per_part, int(_MOST_BYTES_PER_PART / longest)))
+
+
+def _deal_units(
+    plan: Plan, counts: npt.NDArray[np.int64], row_bytes: dict[str, float]
+) -> list[slice]:
+    """Neighbouring units that are extracted together: about 64 MiB of selected rows each."""
     sizes = counts * np.array([row_bytes[unit.shard_url] for unit in plan.units])
     most = max(_BYTES_PER_EXTRACT, sizes.sum() / _MOST_TASKS)
     number = ((np.cumsum(sizes) - sizes) // most).astype(np.int64)
@@ -188,9 +203,10 @@ def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.T
     fields = [field for field in job.schema if field.name not in added.schema.names]
     read = take_rows(shard.file, numbers, layout | {field.name for field in fields})
     form = job.settings.format
-    if form not in ("parquet", "jsonl"):  # the layout's columns become the example itself
-        fields = [field for field in fields if field.name not in layout]
-    columns = [*(as_column(read, field, shard) for field in fields), *added.columns]
+    others = read
+    if is_example(form):  # the layout's columns become the example itself
+        others = read.drop_columns([name for name in read.schema.names if name in layout])
+    columns = [*(as_column(others, field, shard) for field in fields), *added.columns]
     table = pa.table(columns, schema=pa.schema([*fields, *added.schema]))
     if form == "parquet":
         return table.unify_dictionaries()
@@ -239,7 +255,14 @@ def _write_parts(
 ) -> list[tuple[int, str]]:
     """Write neighbouring parts; rows and content hash of each."""
     table = pa.concat_tables([piece for piece in pieces if piece is not None])
-    table = table.unify_dictionaries().sort_by("rank")
+    try:
+        table = table.unify_dictionaries().sort_by("rank")
+    except pa.ArrowInvalid as err:  # over 2 GiB of a text
+        raise InputError(
+            f"{urls[0]}: its {len(table):,} rows are {table.nbytes / 2**30:.1f} GiB, more than can "
+            f"be sorted together: {err}. Set select.rows_per_part well under {rows_per_part}, and "
+            "run cherry select; what is scored is kept."
+        ) from None
     written = []
     for number, url in enumerate(urls):
         part = table.slice(number * rows_per_part, rows_per_part)

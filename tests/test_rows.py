@@ -133,3 +133,13 @@ def test_a_shard_of_no_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "empty.parquet")
     file = ObjectInfo(str(tmp_path / "empty.parquet"), 0, "")
     assert take_rows(file, np.empty(0, np.int64), {"n"}).to_pydict() == {"n": []}
+
+
+def test_a_tensor_in_another_order_is_taken(tmp_path: Path) -> None:
+    """Of which pyarrow makes no empty array as it does of other types."""
+    values = np.arange(12).reshape(3, 2, 2)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+    pq.write_table(pa.table({"n": tensors}), tmp_path / "shard.parquet")
+    file = listing.list_objects(str(tmp_path / "shard.parquet"))[0]
+    found = take_rows(file, np.array([0, 2]), {"n"})["n"].combine_chunks()
+    np.testing.assert_array_equal(found.to_numpy_ndarray(), values[[0, 2]])

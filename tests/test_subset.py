@@ -20,6 +20,7 @@ from pipeline.examples import to_lines
 from pipeline.inputs import Corpus, open_corpus
 from pipeline.layouts import Columns
 from pipeline.schemas import BAD_LINE, SELECTED
+from pipeline.units import Plan
 
 ray = pytest.mark.ray
 
@@ -289,7 +290,7 @@ def test_a_type_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("form", "name"),
-    [("alpaca_jsonl", "output"), ("alpaca_jsonl", "system"), ("messages_jsonl", "input")],
+    [("alpaca_jsonl", "output"), ("alpaca_jsonl", "history"), ("messages_jsonl", "input")],
 )
 def test_a_column_under_a_name_of_the_format_is_refused(
     tmp_path: Path, form: Any, name: str
@@ -328,6 +329,20 @@ def test_shards_without_rows_say_nothing_of_columns(tmp_path: Path) -> None:
     full, empty = pa.table({**TEXTS, "odd": [1, 2]}), pa.table({**TEXTS, "odd": ["x", "y"]})
     corpus = write_and_open(tmp_path / "corpus", full, empty.slice(0, 0))
     assert output_schema(corpus, wanted()).field("odd").type == pa.int64()
+
+
+@ray
+def test_a_shard_of_short_rows_makes_no_longer_parts_of_long_ones(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subset, "_MOST_BYTES_PER_PART", 5_000)
+    short = pa.table({"instruction": ["0:0"] * 3000, "output": ["x"] * 3000})
+    long = pa.table({"instruction": ["1:0"] * 9, "output": [f"{n:01000}" for n in range(9)]})
+    write_and_open(tmp_path / "corpus", short, long)
+    rows = [[row(0.1, n) for n in range(3000)], [row(0.9, n) for n in range(3000, 3009)]]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows, unit_rows=3000)
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(count=12), "fp")
+    assert max(part["rows"] for part in found.manifest["parts"]) <= 5
 
 
 @ray
@@ -480,6 +495,110 @@ def test_chats_as_trainers_read_them(ray_local: None, tmp_path: Path) -> None:
     ]  # fmt: skip
     [part] = (tmp_path / "messages/out").rglob("*.jsonl")
     assert len(part.read_text().splitlines()) == 2  # U+2028 does not end one
+
+
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+MIXED = {
+    "alpaca": pa.table({"instruction": ["q"], "input": ["x"], "output": ["a"], "source": ["web"]}),
+    "dolly": pa.table({"instruction": ["q"], "context": ["x"], "response": ["a"]}),
+    "prompts": pa.table({"prompt": ["q\nx"], "completion": ["a"]}),
+    "chats": pa.table({"messages": [[{"role": "user", "content": "q\nx"}, SAID[1]]]}),
+    "sharegpt": pa.table(
+        {"conversations": [[{"from": "human", "value": "q\nx"}, {"from": "gpt", "value": "a"}]]}
+    ),
+}
+
+
+@ray
+@pytest.mark.parametrize("form", ["alpaca_jsonl", "messages_jsonl"])
+def test_layouts_that_differ_become_the_same_examples(
+    ray_local: None, tmp_path: Path, form: str
+) -> None:
+    """A column of one layout is none of another's, and must not come over an example as null."""
+    write_and_open(tmp_path / "corpus", *MIXED.values())
+    rows = [[row(0.9 - n / 100, n + 1)] for n in range(len(MIXED))]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
+    found, _ = select_into_lines(tmp_path, plan, corpus, form)
+    assert [line["source"] for line in found] == ["web", None, None, None, None]
+    keys = {"source", "sample_id", "rank", "ifd_loss_ratio", "ifd_ppl_ratio"}
+    if form == "alpaca_jsonl":
+        keys |= {"instruction", "input", "output", "system", "history"}
+        asked = ["\n".join(filter(None, (x["instruction"], x["input"]))) for x in found]
+        assert asked == ["q\nx"] * len(MIXED)
+        assert [x["output"] for x in found] == ["a"] * len(MIXED)
+        assert [(x["system"], x["history"]) for x in found] == [("", [])] * len(MIXED)
+    else:
+        keys |= {"messages"}
+        expected = [{"role": "user", "content": "q\nx"}, SAID[1]]
+        assert [x["messages"] for x in found] == [expected] * len(MIXED)
+    assert [set(line) for line in found] == [keys] * len(MIXED)
+
+
+@ray
+def test_a_column_that_is_the_layouts_in_one_shard_is_kept_where_it_is_not(
+    ray_local: None, tmp_path: Path
+) -> None:
+    plain = pa.table({"instruction": ["q"], "output": ["a"], "prompt": ["why"]})
+    write_and_open(tmp_path / "corpus", plain.drop_columns("prompt"), MIXED["prompts"], plain)
+    corpus = open_corpus(
+        InputConfig(path=str(tmp_path / "corpus"), layout="auto"), str(tmp_path / "out")
+    )
+    assert [shard.columns.layout for shard in corpus.shards] == [
+        "alpaca", "prompt_completion", "alpaca",
+    ]  # fmt: skip
+    rows = [[row(0.9 - n / 100, n + 1)] for n in range(3)]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
+    found, _ = select_into_lines(tmp_path, plan, corpus, "messages_jsonl")
+    assert [line["prompt"] for line in found] == [None, None, "why"]
+    assert "completion" not in found[0]
+
+
+def select_into_lines(
+    folder: Path, plan: Plan, corpus: Corpus, form: str
+) -> tuple[list[dict[str, Any]], Any]:
+    found, _ = select(plan, corpus, str(folder / "out"), wanted(fraction="1", format=form), "fp")
+    return lines_of(found), found
+
+
+def test_without_a_readable_shard_there_is_nothing_to_select_from(tmp_path: Path) -> None:
+    write_and_open(tmp_path / "corpus", pa.table(TEXTS))
+    rows = [[row(0.5, 1), row(0.4, 2)]]
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
+    unread = plan.without({unit.unit_id for unit in plan.units})
+    with pytest.raises(InputError, match="none of its 1 shards could be read"):
+        select(unread, corpus, str(tmp_path / "out"), wanted(), "fp")
+
+
+@ray
+def test_columns_of_shards_that_have_no_rows_make_another_selection(
+    ray_local: None, tmp_path: Path
+) -> None:
+    """They may add a key to every line; the selection of before must not be taken for this one."""
+    plain = pa.table({"instruction": ["q"], "output": ["a"]})
+    write_and_open(tmp_path / "corpus", plain)
+    plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", [[row(0.5, 1)]])
+    _, before = select_into_lines(tmp_path, plan, corpus, "alpaca_jsonl")
+    empty = pa.table({**plain.to_pydict(), "system": ["s"]}).slice(0, 0)
+    pq.write_table(empty, tmp_path / "corpus/shard-1.parquet")
+    corpus = open_corpus(InputConfig(path=str(tmp_path / "corpus")), str(tmp_path / "out"))
+    lines, after = select_into_lines(tmp_path, plan, corpus, "alpaca_jsonl")
+    assert after.url != before.url
+    assert lines[0]["system"] == ""
+
+
+def test_rows_of_one_part_that_are_too_long_together_are_named(tmp_path: Path) -> None:
+    """2 GiB of one text: where the rows of one shard differ much, its mean says little."""
+    half = pa.array([b"x" * 2**30]).cast(pa.string())
+    huge = pa.table({"rank": [0, 1], "line": pa.chunked_array([half, half])})
+    with pytest.raises(InputError, match=r"Set select.rows_per_part well under 50000"):
+        subset._write_parts._function([str(tmp_path / "part.jsonl")], 50_000, "jsonl", huge)
+
+
+@ray
+def test_maps_are_objects_in_json(ray_local: None, tmp_path: Path) -> None:
+    kinds = pa.array([[("a", 1), ("b", 2)], [], None], pa.map_(pa.string(), pa.int64()))
+    lines = select_as(tmp_path, pa.table({**ALPACA, "kinds": kinds}), "jsonl")
+    assert [line["kinds"] for line in lines] == [{"a": 1, "b": 2}, {}, None]
 
 
 @ray
