@@ -2,18 +2,23 @@
 
 from typing import Any
 
+import torch
+
 from pipeline.config_training import LoraConfig
 from pipeline.errors import ConfigError
 
 
-def add_adapters(model: Any, config: LoraConfig) -> Any:
+def add_adapters(model: Any, config: LoraConfig, seed: int) -> Any:
     """Put low-rank adapters into a model, so that nothing else is trained; what merges them.
+
+    They begin at random, by the seed: alike in every worker, whatever it did before.
 
     Raises:
         ConfigError: The model has no such modules.
     """
     import peft  # of an extra
 
+    torch.manual_seed(seed)
     try:
         return peft.get_peft_model(
             model,

@@ -33,6 +33,7 @@ from pipeline.inputs import Corpus, open_corpus
 from pipeline.job import Job
 from pipeline.manifests import Finished
 from pipeline.phases import open_subset
+from pipeline.training_data import Examples
 from pipeline.training_job import HeldOut, plan_training
 from pipeline.units import Plan, fingerprint
 from pipeline.watching import Progress
@@ -90,10 +91,16 @@ def compare(
     whole, _ = training_data.tokenise_rows(scored.units, job.settings)
     subset = open_subset(job, selected)
     cherry, left_out = training_data.tokenise_corpus(subset, job.settings)
-    sets = _held_out_sets(job, config, held_out, whole)
-    ids = pa.concat_arrays([t["sample_id"].combine_chunks() for t in sets.values()])
-    whole, cherry = _without(whole, ids), _without(cherry, ids)
     training_data.refuse_empty(cherry, left_out, "the cherry subset")
+    sets = _held_out_sets(job, config, held_out, whole)
+    held = np.concatenate([_contents(table) for table in sets.values()])
+    whole, cherry = _without(whole, held), _without(cherry, held)
+    if not len(cherry):
+        raise InputError(
+            "compare: all rows of the cherry subset are held out, expected some to train on. Lower "
+            "compare.holdout_rows, select more rows, or take out the set under evaluate that has "
+            "them too."
+        )
     # The subset has no copies where selecting drops them: nor has what it is compared with.
     pool = _distinct(whole) if job.config.select.duplicates == "drop" else whole
     watched = HeldOut({name: _keep(job, table) for name, table in sets.items()}, config.points)
@@ -121,9 +128,11 @@ def _held_out_sets(
     """The rows of each set, in the EXAMPLES schema."""
     sets = {}
     if config.holdout_rows:
-        # By id, which is a hash: the same rows of a corpus that has grown or lies otherwise.
-        ids = whole["sample_id"].unique().sort()[: config.holdout_rows]
-        held = whole.filter(pc.is_in(whole["sample_id"], ids))
+        # By id, which is a hash: the same rows of a corpus that has grown or lies otherwise. From
+        # its end: selecting goes by its beginning among rows with the same score.
+        ids = sorted(whole["sample_id"].unique().to_pylist(), key=lambda each: each[::-1])
+        chosen = pa.array(ids[: config.holdout_rows], pa.binary(16))
+        held = whole.filter(pc.is_in(whole["sample_id"], chosen))
         if len(held) == len(whole):
             raise InputError(
                 f"compare.holdout_rows: got {config.holdout_rows}, expected fewer than the "
@@ -139,14 +148,30 @@ def _held_out_sets(
     return sets
 
 
+def _contents(table: pa.Table) -> npt.NDArray[np.bytes_]:
+    """Of each row a hash of its tokens, and of which of them have a loss.
+
+    Rows that differ in what nobody answered, or in their layout, are the same to a training.
+    """
+    rows = Examples.from_table(table)
+    spans = [rows.span(row) for row in range(len(rows))]
+    hashes = [
+        hashlib.blake2b(
+            rows.ids[span].tobytes() + rows.targets[span].tobytes(), digest_size=16
+        ).digest()
+        for span in spans
+    ]
+    return np.array(hashes, "S16")
+
+
 def _distinct(table: pa.Table) -> pa.Table:
-    """The first row of each sample."""
-    _, first = np.unique(np.array(table["sample_id"].to_pylist(), "S16"), return_index=True)
+    """The first of rows that are the same to a training."""
+    _, first = np.unique(_contents(table), return_index=True)
     return table.take(pa.array(np.sort(first)))
 
 
-def _without(table: pa.Table, ids: pa.Array) -> pa.Table:
-    return table.filter(pc.invert(pc.is_in(table["sample_id"], ids)))
+def _without(table: pa.Table, contents: npt.NDArray[np.bytes_]) -> pa.Table:
+    return table.filter(pa.array(~np.isin(_contents(table), contents)))
 
 
 def _draw(arm: Arm, seed: int, cherry: pa.Table, whole: pa.Table) -> pa.Table:

@@ -26,7 +26,7 @@ def _quota(value: Any) -> int | Decimal:
     """A whole number is a count; what has a point, a fraction."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_ROWS:
         return value
-    if isinstance(value, float | str | Decimal):
+    if isinstance(value, float | Decimal) or (isinstance(value, str) and "." in value):
         with suppress(InvalidOperation):
             return _share(Decimal(str(value)))
     raise ValueError("expected a count (100) or a fraction from 0 to 1 with a point (0.1, 1.0)")

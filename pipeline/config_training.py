@@ -6,6 +6,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config_base import ColumnField, Layout, Section
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every library takes as one."""
+
 
 class LoraConfig(Section):
     """Low-rank adapters instead of all weights; needs the extra `lora`. They are merged at the end.
@@ -43,7 +46,7 @@ class TrainConfig(Section):
     """Of AdamW, on matrices."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to it."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the order of rows, and of dropout."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of matrix products; weights and their updates are float32. `auto` as in `model.dtype`."""
@@ -79,7 +82,7 @@ class ExperienceConfig(Section):
     """Rows taken of each."""
     band: Annotated[tuple[float, float], AfterValidator(_middle)] = (25, 75)
     """Percentiles of prompt perplexity, within a cluster, between which rows are taken."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of K-means."""
     train: TrainConfig = TrainConfig(epochs=1)
     """The brief training; one epoch unless it says otherwise."""
@@ -120,9 +123,7 @@ class CompareConfig(Section):
     )
     """What is trained on: the cherry subset; as many rows, or as many tokens, drawn at random; all
     rows."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
-        default=[0, 1, 2]
-    )
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default=[0, 1, 2])
     """One training of each arm for each: of the order of rows, and of what is drawn."""
     same: Literal["epochs", "steps"] = "epochs"
     """What the arms have in common: `train.epochs`, or the steps of the cherry subset."""

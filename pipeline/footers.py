@@ -123,7 +123,7 @@ def save(output: str, known: Known) -> None:
 
 def _pieces_there(output: str) -> set[str]:
     folder = storage.join(storage.absolute(output), "ingest")
-    return {entry.url for entry in listing.list_objects(folder)}
+    return {entry.url for entry in listing.list_objects(folder, globs=False)}
 
 
 def _url(output: str) -> str:

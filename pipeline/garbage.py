@@ -69,7 +69,8 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     folders = [job.plan.scores_url for job in jobs]
     if all_scores:
         folders = [storage.join(output, name) for name in ("scores", "embeddings")]
-    listed = [e for f in folders if storage.exists(f) for e in listing.list_objects(f)]
+    there = [folder for folder in folders if storage.exists(folder)]
+    listed = [entry for folder in there for entry in listing.list_objects(folder, globs=False)]
     # Whatever else lies there is somebody's.
     parts = [entry for entry in listed if _PART_NAME.fullmatch(_name_of(entry.url))]
     # By their last two names: s3a:// and s3:// are one bucket.

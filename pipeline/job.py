@@ -14,7 +14,7 @@ from pipeline.columns import merged_schema, output_schema
 from pipeline.config import Config, ModelConfig
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError, InputError, StorageError
-from pipeline.inputs import Corpus
+from pipeline.inputs import Corpus, Shard
 from pipeline.rendering import Renderer
 from pipeline.schemas import EXPERIENCE
 from pipeline.settings import ModelRef, ScoringSettings
@@ -131,12 +131,26 @@ def _check_training(config: Config, corpus: Corpus) -> None:
         return
     if any(training.lora for training in trainings) and find_spec("peft") is None:
         raise ConfigError("train.lora: it needs an extra: pip install 'cherry-pipeline[lora]'")
-    first = next(shard for shard in corpus.shards if shard.num_rows)
-    for shard in corpus.shards:
-        if shard.num_rows and shard.columns != first.columns:
+    _refuse_layouts_apart(corpus)
+
+
+def _refuse_layouts_apart(corpus: Corpus) -> None:
+    """What is trained on is read as one: a field may be absent in a shard, but not another column.
+
+    Pieces of JSON without a good line have no columns, and nothing to say.
+    """
+    read = [shard for shard in corpus.shards if shard.num_rows and shard.columns.names]
+    first_with: dict[str, Shard] = {}
+    for shard in read:
+        for name, column in shard.columns.names.items():
+            other = first_with.setdefault(name, shard)
+            if shard.columns.layout != read[0].columns.layout:
+                other = read[0]
+            elif other.columns.names[name] == column:
+                continue
             raise InputError(
-                f"shard {shard.url} reads as {shard.columns.describe()}, shard {first.url} as "
-                f"{first.columns.describe()}: experience, train and compare read a subset of all "
+                f"shard {shard.url} reads as {shard.columns.describe()}, shard {other.url} as "
+                f"{other.columns.describe()}: experience, train and compare read a subset of all "
                 "of them as one. Convert one of them, or run the shards as two corpora."
             )
 

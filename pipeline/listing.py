@@ -38,8 +38,10 @@ class ObjectInfo:
     """Unix time, where it is known."""
 
 
-def list_objects(url: str) -> list[ObjectInfo]:
+def list_objects(url: str, *, globs: bool = True) -> list[ObjectInfo]:
     """All files under a directory, matched by a glob, or the one file named; sorted by URL.
+
+    Without `globs`, a path is what it says, whatever signs are in it.
 
     A missing directory lists as empty only where the store has no directories to miss; elsewhere
     it raises InputError.
@@ -48,7 +50,7 @@ def list_objects(url: str) -> list[ObjectInfo]:
     local = is_local(url)
     with reading(url, "listed"):
         fs.invalidate_cache()
-        if any(sign in path for sign in "*?["):
+        if globs and any(sign in path for sign in "*?["):
             found = _matches(fs, path) if local else fs.glob(path, detail=True)
         elif (info := fs.info(path))["type"] == "file":  # isfile would take an error for a no
             found = {path: info}

@@ -151,7 +151,7 @@ def _file_sha256(path: str, cache_dir: str) -> str:
 def _files_at(url: str) -> list[listing.ObjectInfo]:
     """What lies directly under a URL: checkpoints and exports below it are other models."""
     base = storage.filesystem(url)[1].rstrip("/")
-    entries = listing.list_objects(url)
+    entries = listing.list_objects(url, globs=False)
     return [e for e in entries if storage.filesystem(e.url)[1].rpartition("/")[0] == base]
 
 

@@ -134,7 +134,7 @@ def open_subset(job: Job, subset: Finished) -> Corpus:
             "rejected_rows in its manifest."
         )
     urls = [storage.join(subset.url, part["path"]) for part in subset.manifest["parts"]]
-    sources = [entry for part in urls for entry in listing.list_objects(part)]
+    sources = [entry for part in urls for entry in listing.list_objects(part, globs=False)]
     layout = job.config.input.model_copy(update={"on_bad_shard": "fail"})
     return open_sources(sources, layout, job.config.output)
 

@@ -100,8 +100,8 @@ EMBEDDING = pa.schema(
 EXAMPLES = pa.schema(
     [
         ("sample_id", pa.binary(16)),
-        ("input_ids", pa.list_(pa.int32())),
-        ("is_target", pa.list_(pa.bool_())),  # whether the token has a loss
+        ("input_ids", pa.large_list(pa.int32())),
+        ("is_target", pa.large_list(pa.bool_())),  # whether the token has a loss
     ]
 )
 """What a training reads: one row per row that has an answer."""

@@ -192,7 +192,7 @@ def _train_here(job: TrainJob, device: torch.device, said: Queue | None) -> None
 
     model = models.load(job.model, torch.float32, device)
     if job.config.lora:
-        model = add_adapters(model, job.config.lora).get_base_model()
+        model = add_adapters(model, job.config.lora, job.config.seed).get_base_model()
     weights, history = train(
         model,
         Examples.load(job.examples_url),
@@ -221,7 +221,7 @@ def _publish_files(job: TrainJob, weights: dict[str, torch.Tensor]) -> list[dict
     dtype = models.load_config(job.model).dtype or torch.float32
     model = models.load(job.model, torch.float32, torch.device("cpu"))
     if job.config.lora:
-        adapted = add_adapters(model, job.config.lora)
+        adapted = add_adapters(model, job.config.lora, job.config.seed)
         _load(adapted.get_base_model(), weights)
         model = adapted.merge_and_unload()
     else:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import comparison_report
-from pipeline.comparison import Comparison, _distinct, _draw, _tokens, _without
+from pipeline.comparison import Comparison, _contents, _distinct, _draw, _tokens, _without
 from pipeline.curves import draw_curves
 from pipeline.schemas import EXAMPLES
 
@@ -44,9 +44,12 @@ def test_arms_have_the_rows_or_the_tokens_of_the_subset() -> None:
 
 
 def test_what_is_held_out_is_nowhere_else() -> None:
-    table = pa.concat_tables([examples(3, 4, 5), examples(3, 4)])
+    """By its tokens: another id may be of what nobody answered, or of another layout."""
+    table = pa.concat_tables([examples(3, 4, 5), examples(3, 4, first_id=7)])
     assert ids(_distinct(table)) == [0, 1, 2]
-    assert ids(_without(table, pa.array([(1).to_bytes(16, "big")], pa.binary(16)))) == [0, 2, 0]
+    assert ids(_without(table, _contents(examples(4, first_id=99)))) == [0, 2, 7]
+    other = examples(4).set_column(2, "is_target", pa.array([[False] * 4], EXAMPLES.types[2]))
+    assert ids(_without(table, _contents(other))) == ids(table)  # another loss is asked for
 
 
 def report(cherry: list[float], random: list[float], name: str = "input") -> dict[str, Any]:

@@ -195,6 +195,7 @@ def test_two_budgets_are_refused(budgets: dict[str, float]) -> None:
         ({"group_by": "g", "quotas": {"a": 1.5}}, "expected a fraction from 0 to 1"),
         ({"group_by": "g", "quotas": {"a": True}}, "expected a count (100) or a fraction"),
         ({"group_by": "g", "quotas": {"a": "web"}}, "expected a count (100) or a fraction"),
+        ({"group_by": "g", "quotas": {"a": "1"}}, "expected a count (100) or a fraction"),
         ({"group_by": "g", "quotas": {7: 1}}, "put it in quotes, '7'"),
         ({"group_by": "g", "quotas": "proportion"}, "Did you mean 'proportional'?"),
         ({"group_by": "g", "quotas": "proportional", "threshold": 0.5}, "no rows to deal out"),
@@ -392,3 +393,17 @@ def test_a_url_with_credentials_is_never_quoted() -> None:
     said = refusal(output=["s3://AKIA:topsecret@b/x"])
     assert "topsecret" not in said
     assert "key 'output': got a URL with credentials, expected text" in said
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"train": {"seed": 2**32}}, "train.seed"),
+        ({"experience": {"seed": 2**32}}, "experience.seed"),
+        ({"compare": {"seeds": [0, 2**32]}}, "compare.seeds"),
+    ],
+)
+def test_a_seed_that_some_library_would_refuse_is_refused(
+    sections: dict[str, Any], key: str
+) -> None:
+    assert f"key '{key}" in refusal(**sections)

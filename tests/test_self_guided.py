@@ -271,9 +271,14 @@ def test_bad_input_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out/models").exists()
 
 
-def test_a_subset_of_one_row_trains(ray_local: None, config_for: ConfigFor, corpus: Path) -> None:
+def test_a_subset_of_one_row_trains(
+    ray_local: None, config_for: ConfigFor, corpus: Path, tmp_path: Path
+) -> None:
     config = config_for(
-        corpus, train={**TRAIN, "epochs": 2}, select={"count": 1, "format": "jsonl"}
+        corpus,
+        output=str(tmp_path / "runs[1]*"),  # no glob
+        train={**TRAIN, "epochs": 2},
+        select={"count": 1, "format": "jsonl"},
     )
     trained = run.run(config).trained
     assert trained is not None

@@ -1,14 +1,17 @@
 """What a training reads, token by token."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import CHATML, make_tokenizer
+from conftest import CHATML, make_tokenizer, write_parquet
 
+from pipeline import ingest
 from pipeline.errors import InputError
+from pipeline.job import check
 from pipeline.rendering import Renderer
 from pipeline.samples import Message, Sample
 from pipeline.schemas import EXAMPLES
@@ -92,3 +95,35 @@ def test_examples_lie_end_to_end() -> None:
 def test_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(InputError, match="cherry subset: none of its 7 rows has an answer"):
         refuse_empty(EXAMPLES.empty_table(), 7, "cherry subset")
+
+
+def test_a_field_that_some_shards_lack_is_null_there(
+    tmp_path: Path, config_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of one file differ in what happens to be in them; the last one is a broken line."""
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 2)
+    lines = [
+        '{"instruction": "a", "input": "b", "output": "c"}',
+        *['{"instruction": "a", "output": "c"}'] * 3,
+        "{",
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert (
+        len(check(config_for(tmp_path / "rows.jsonl", train={}), selecting=True).corpus.shards) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"instruction": "a", "context": "b", "output": "c"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]},
+    ],
+)
+def test_what_is_read_from_another_column_is_refused(
+    tmp_path: Path, config_for: Callable[..., Any], other: dict[str, Any]
+) -> None:
+    write_parquet(tmp_path / "in/a.parquet", [{"instruction": "a", "input": "b", "output": "c"}])
+    write_parquet(tmp_path / "in/b.parquet", [other])
+    with pytest.raises(InputError, match=r"b\.parquet reads as .* shard .*a\.parquet as alpaca"):
+        check(config_for(tmp_path / "in", train={}), selecting=True)

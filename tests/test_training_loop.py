@@ -194,11 +194,11 @@ def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path) -> None:
 
 def test_adapters_are_trained_alone_and_merged(tmp_path: Path) -> None:
     base = tiny_model("Llama")
-    adapted = add_adapters(tiny_model("Llama"), LoraConfig(rank=4))
+    adapted = add_adapters(tiny_model("Llama"), LoraConfig(rank=4), seed=0)
     weights, history = run(model=adapted.get_base_model(), url=str(tmp_path))
     assert history[-1]["loss"] < history[0]["loss"]
     assert all("lora_" in name for name in weights)
-    again = add_adapters(tiny_model("Llama"), LoraConfig(rank=4))
+    again = add_adapters(tiny_model("Llama"), LoraConfig(rank=4), seed=0)
     assert not again.get_base_model().load_state_dict(weights, strict=False).unexpected_keys
     merged = again.merge_and_unload()
     ids = torch.arange(20)[None]
@@ -209,7 +209,9 @@ def test_adapters_are_trained_alone_and_merged(tmp_path: Path) -> None:
 
 def test_only_adapters_have_dropout() -> None:
     runs = [
-        run(model=add_adapters(tiny_model("Llama"), LoraConfig(dropout=p)).get_base_model())[1]
+        run(
+            model=add_adapters(tiny_model("Llama"), LoraConfig(dropout=p), seed=0).get_base_model()
+        )[1]
         for p in (0.0, 0.5, 0.5)
     ]
     assert runs[0] != runs[1] == runs[2]  # drawn from the seed and the step
@@ -217,7 +219,20 @@ def test_only_adapters_have_dropout() -> None:
 
 def test_unknown_modules_of_adapters_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.lora\.targets"):
-        add_adapters(tiny_model("Llama"), LoraConfig(targets=["nowhere"]))
+        add_adapters(tiny_model("Llama"), LoraConfig(targets=["nowhere"]), seed=0)
+
+
+def test_adapters_begin_by_the_seed_whatever_came_before() -> None:
+    """Replicas whose adapters differ would average gradients of different models."""
+
+    def begin(seed: int) -> list[torch.Tensor]:
+        torch.rand(seed + 3)  # another training in the same worker
+        adapted = add_adapters(tiny_model("Llama"), LoraConfig(), seed).get_base_model()
+        return [p.detach() for name, p in adapted.named_parameters() if "lora_A" in name]
+
+    one, again, other = begin(1), begin(1), begin(2)
+    assert all(map(torch.equal, one, again))
+    assert not any(map(torch.equal, one, other))
 
 
 def _worker(rank: int, world: int, per_replica: int, folder: str) -> None:
@@ -252,7 +267,9 @@ def test_workers_do_as_one_does(tmp_path: Path, world: int, per_replica: int) ->
 def test_held_out_rows_are_judged_without_dropout() -> None:
     losses = []
     for dropout in (0.0, 0.5):
-        model = add_adapters(tiny_model("Llama"), LoraConfig(dropout=dropout)).get_base_model()
+        model = add_adapters(
+            tiny_model("Llama"), LoraConfig(dropout=dropout), seed=0
+        ).get_base_model()
         with torch.no_grad():  # a new adapter adds nothing, whatever is dropped
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
