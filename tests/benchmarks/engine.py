@@ -456,14 +456,16 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     loaded = peak_bytes(options.device)
     print(f"model loaded and probed: {loaded / 2**20:,.0f} MiB")
     vocabulary = int(model.config.get_text_config().vocab_size)
-    peaks = []
+    peaks, held = [], []
     for number in range(-(-options.rows // UNIT_ROWS)):
         unit = synthetic_rows(UNIT_ROWS, vocabulary, seed=number)
         engine_losses(engine, unit)
         peaks.append(peak_bytes(options.device))
+        held.append(held_bytes(options.device))
         if (number + 1) % max(1, options.rows // UNIT_ROWS // 10) == 0:
-            more = (peaks[-1] - loaded) / 2**20
-            print(f"{(number + 1) * UNIT_ROWS:9,} rows: {more:,.0f} MiB more", flush=True)
+            more, now = ((each[-1] - loaded) / 2**20 for each in (peaks, held))
+            rows = (number + 1) * UNIT_ROWS
+            print(f"{rows:9,} rows: {more:,.0f} MiB more at most, {now:,.0f} now", flush=True)
     return {
         "rows": options.rows,
         "dtype": str(engine.dtype),
@@ -471,6 +473,8 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         "loaded_bytes": loaded,
         "peak_bytes": peaks[-1],
         "peak_bytes_after_a_tenth": peaks[len(peaks) // 10],
+        "held_bytes": held[-1],
+        "held_bytes_after_a_tenth": held[len(held) // 10],
     }
 
 
@@ -478,6 +482,13 @@ def peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def held_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated()
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- rows and models
