@@ -1,7 +1,8 @@
 """A tokenizer's chat template: a conversation as text, and where in it the answers are.
 
-What a template prints before an answer is found by rendering the messages before it; a template
-that cannot be relied on, because it leaves out or alters what it is given, makes a row malformed::
+The marker of an answer begins where the render of the messages before it ends, and the answer where
+a stand-in put in its place does. A template that leaves out or alters what it is given makes a row
+malformed::
 
     before   <|user|>one<|end|>
     head     <|user|>one<|end|><|assistant|>          with the generation prompt
@@ -9,6 +10,7 @@ that cannot be relied on, because it leaves out or alters what it is given, make
                                ^ marker      ^ start
 """
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -23,6 +25,9 @@ if TYPE_CHECKING:  # rendering.py says why
 # Templates may print today's date; a score must not depend on the day it was computed. Jinja takes
 # the newline away, and what follows is the beginning of a line, as it is without the macro.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+
+_VERSION = 2
+"""Of the way answers are found, for the fingerprint of scores."""
 
 
 class ChatTemplate:
@@ -50,7 +55,7 @@ class ChatTemplate:
         """Everything of it that can change a score."""
         # Templates print special tokens by name.
         tokens = sorted((k, str(v)) for k, v in self._tokenizer.special_tokens_map.items())
-        return f"{self._template}{tokens}"
+        return f"{self._template}{tokens}{_VERSION}"
 
     def render(self, messages: tuple[Message, ...]) -> tuple[str, list[TextTurn]]:
         """Render messages, and find the answers that have content and something before them.
@@ -60,41 +65,44 @@ class ChatTemplate:
         """
         chat = chat_messages(messages)
         whole = self._apply(chat)
-        self._refuse_left_out(chat, whole)
+        roles = [message["role"] for message in chat]
         answers = [
             index
             for index, message in enumerate(chat)
-            # An opening answer follows nothing: it is context.
-            if index and message["role"] == "assistant" and message["content"].strip()
+            # One that opens the conversation answers nobody: it is context.
+            if "user" in roles[:index]
+            and roles[index] == "assistant"
+            and message["content"].strip()
         ]
         if not answers:
             raise MalformedSampleError("no_instruction")
+        self._refuse_left_out(chat, answers)
         turns = []
-        begins: dict[int, int] = {}
-        for index in answers:
-            content = chat[index]["content"]
-            # Some end a chat that is over with the token that ends a text.
-            before = self._apply(chat[:index]).removesuffix(self._tokenizer.eos_token or "")
+        for index, start in self._begins(chat, answers, whole).items():
+            before = self._apply(chat[:index])
             head = self._apply(chat[:index], prompt=True)
-            if not (head.startswith(before) and whole.startswith(head)):
+            if not head.startswith(before):  # some end a chat that is over as a text ends
+                before = before.removesuffix(str(self._tokenizer.eos_token or ""))
+            if not (head.startswith(before) and whole.startswith(head) and len(head) <= start):
                 raise MalformedSampleError("template")
-            start = len(head)
-            if not whole.startswith(content, start):
-                begins = begins or self._begins(chat, answers, whole)
-                start = begins[index]
-            turns.append(TextTurn(len(before), start, start + len(content)))
+            turns.append(TextTurn(len(before), start, start + len(chat[index]["content"])))
         return whole, turns
 
-    def _refuse_left_out(self, chat: list[dict[str, Any]], whole: str) -> None:
-        """See to it that what is no answer is in the render, and so is every tool call."""
-        if any("tool_calls" in m for m in chat):
-            silent = [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat]
-            if self._apply(silent) == whole:
-                raise MalformedSampleError("tool_call")
-        asked = [i for i, m in enumerate(chat) if m["role"] != "assistant" and m["content"].strip()]
-        # Its text may stand in another message as well, a stand-in does not.
-        marked = self._apply(_with_stand_ins(chat, asked))
-        if not all(_stand_in(index) in marked for index in asked):
+    def _refuse_left_out(self, chat: list[dict[str, Any]], answers: list[int]) -> None:
+        """See to it that every call of a tool, and every message that is no answer, is rendered.
+
+        Its text may stand in another message as well, a stand-in does not.
+        """
+        marked = [_with_calls_stood_in(message, index) for index, message in enumerate(chat)]
+        calls = [call["name"] for message in marked for call in _calls(message)]
+        context = [i for i, m in enumerate(chat) if i not in answers and m["content"].strip()]
+        try:
+            render = self._apply(_with_stand_ins(marked, context))
+        except MalformedSampleError:
+            return  # it is particular about what it is given, and takes what there is
+        if not all(name in render for name in calls):
+            raise MalformedSampleError("tool_call")
+        if not all(_stand_in(index) in render for index in context):
             raise MalformedSampleError("template")
 
     def _begins(self, chat: list[dict[str, Any]], answers: list[int], whole: str) -> dict[int, int]:
@@ -138,6 +146,24 @@ def _with_stand_ins(chat: list[dict[str, Any]], indices: list[int]) -> list[dict
     ]
 
 
-def _stand_in(index: int) -> str:
-    """A word in the place of a message; no template has a reason to alter it."""
-    return f"CherryStandsIn{index}Here"
+def _with_calls_stood_in(message: dict[str, Any], index: int) -> dict[str, Any]:
+    """The same calls of tools that have other names."""
+    if not _calls(message):
+        return message
+    marked = {**message, "tool_calls": [copy.deepcopy(call) for call in message["tool_calls"]]}
+    for number, call in enumerate(_calls(marked)):
+        call["name"] = _stand_in(index, number)
+    return marked
+
+
+def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """What has a name and arguments, in OpenAI's calls or without the wrapping."""
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise MalformedSampleError("tool_call")
+    return [call.get("function") or call for call in calls]
+
+
+def _stand_in(*place: int) -> str:
+    """A word in the place of another, that few templates have a reason to alter."""
+    return f"CherryStandsIn{'x'.join(map(str, place))}Here"

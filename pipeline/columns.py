@@ -35,14 +35,15 @@ def output_schema(corpus: Corpus, settings: SelectSettings) -> pa.Schema:
     if settings.group_by:
         _check_group_by(settings.group_by, [shard for shard in corpus.shards if shard.num_rows])
     _refuse_taken(corpus, settings.format)
-    return merged_schema(corpus, added_columns(settings), examples=is_example(settings.format))
+    examples = is_example(settings.format)
+    return merged_schema(corpus, added_columns(settings), without_layout=examples)
 
 
-def merged_schema(corpus: Corpus, added: pa.Schema, *, examples: bool = False) -> pa.Schema:
+def merged_schema(corpus: Corpus, added: pa.Schema, *, without_layout: bool = False) -> pa.Schema:
     """One schema for rows of all shards: the input's columns, then `added`.
 
-    With `examples`, columns that hold a shard's samples are left out: what is such a column in one
-    shard may be any other in the next.
+    With `without_layout`, columns that hold a shard's samples are left out: what is such a column
+    in one shard may be any other in the next.
 
     Shards may differ: the output has every column that any shard has, in order of first
     appearance, null where a shard lacks it; a column's types are widened (int32 and int64, int64
@@ -58,7 +59,7 @@ def merged_schema(corpus: Corpus, added: pa.Schema, *, examples: bool = False) -
     merged: dict[str, pa.DataType] = {}
     owner: dict[str, Shard] = {}
     for shard in shards:
-        left_out = {BAD_LINE, *(shard.columns.names.values() if examples else ())}
+        left_out = {BAD_LINE, *(shard.columns.names.values() if without_layout else ())}
         for column in shard.schema:
             if column.name in added.names:
                 raise InputError(

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.config_base import ColumnField, Layout, Section
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What every library takes as one."""
+"""Seeds that NumPy, scikit-learn and torch all accept."""
 
 
 class LoraConfig(Section):

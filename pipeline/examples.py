@@ -43,9 +43,9 @@ def message_keys(corpus: Corpus) -> tuple[str, ...]:
 
 
 def example_keys(corpus: Corpus, form: Format) -> tuple[str, ...]:
-    """Keys of a line that are the format's own, whatever the input's columns are."""
+    """Keys of a line, and of its messages, that are the format's own, whatever the input has."""
     if form == "messages_jsonl":
-        return ("messages",)
+        return ("messages", *message_keys(corpus))
     if form == "alpaca_jsonl":
         chats = any(shard.columns.chats for shard in corpus.shards)
         return ("instruction", "input", "output", *(("system", "history") if chats else ()))
@@ -139,10 +139,16 @@ def _turns(messages: list[Message], where: str) -> Iterator[tuple[str, str, str]
         at += size
 
 
+def _key(key: Any) -> str:
+    """Of an object: keys of a map may be anything."""
+    plain = _plain(key)
+    return plain if isinstance(plain, str) else json.dumps(plain)
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON can say it: bytes in hex, times in ISO 8601, NaN and infinities as null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {_key(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, bytes):

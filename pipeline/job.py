@@ -143,16 +143,19 @@ def _refuse_layouts_apart(corpus: Corpus) -> None:
     first_with: dict[str, Shard] = {}
     for shard in read:
         for name, column in shard.columns.names.items():
-            other = first_with.setdefault(name, shard)
+            known = first_with.setdefault(name, shard)
             if shard.columns.layout != read[0].columns.layout:
-                other = read[0]
-            elif other.columns.names[name] == column:
-                continue
-            raise InputError(
-                f"shard {shard.url} reads as {shard.columns.describe()}, shard {other.url} as "
-                f"{other.columns.describe()}: experience, train and compare read a subset of all "
-                "of them as one. Convert one of them, or run the shards as two corpora."
-            )
+                raise _apart(shard, read[0])
+            if known.columns.names[name] != column:
+                raise _apart(shard, known)
+
+
+def _apart(shard: Shard, other: Shard) -> InputError:
+    return InputError(
+        f"shard {shard.url} reads as {shard.columns.describe()}, shard {other.url} as "
+        f"{other.columns.describe()}: experience, train and compare read a subset of all of them "
+        "as one. Convert one of them, or run the shards as two corpora."
+    )
 
 
 def _save_config(config: Config) -> None:

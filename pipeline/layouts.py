@@ -76,7 +76,7 @@ def find_columns(
     tried = LAYOUT_ORDER if layout == "auto" else (layout,)
     for candidate in tried:
         fields = _FIELDS[candidate]
-        if not set(mapped) <= set(fields):
+        if not {field for field, name in mapped.items() if name is not None} <= set(fields):
             continue  # a mapped field names the layout: {prompt: question} is never Alpaca
         names = {f: _resolve(f, fields[f], schema, mapped) for f in fields}
         needed = set(fields) - _OPTIONAL | {f for f, name in mapped.items() if name is not None}
@@ -103,7 +103,7 @@ def find_columns(
             "Map them, for example: --set input.columns.instruction=question "
             "--set input.columns.response=answer."
         )
-    if foreign := sorted(set(mapped) - set(_FIELDS[layout])):
+    if foreign := sorted(f for f, n in mapped.items() if n and f not in _FIELDS[layout]):
         raise InputError(
             f"shard {where}: layout {layout} has no field '{foreign[0]}' to map (has: "
             f"{', '.join(_FIELDS[layout])}). Take out input.columns.{foreign[0]}."

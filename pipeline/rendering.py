@@ -38,7 +38,7 @@ from pipeline.templates import (
 if TYPE_CHECKING:  # settings.py names the version below, where nobody waits for transformers
     from transformers import PreTrainedTokenizerBase
 
-RENDERING_VERSION = 2
+RENDERING_VERSION = 1
 ENDING_TOKENS = 8
 """Tokens after an answer among which its end is looked for: white space and a special token."""
 
@@ -112,7 +112,8 @@ class Renderer:
         if self._chat:
             return self._chat.text
         template = TEXT_TEMPLATES[self.template]
-        return repr(template) + (str(self.tokenizer.eos_token) if template.next_turn else "")
+        further = f"{self.tokenizer.eos_token}{template.next_turn_with_input or ''}"
+        return repr(template) + (further if template.next_turn else "")
 
     def __call__(self, samples: Sequence[Sample]) -> list[RenderedSample]:
         """Render, tokenise and find the scored spans; one result per sample, in order."""

@@ -7,7 +7,8 @@ Every layout becomes the same thing, a tuple of messages::
     messages           [{role, content}]           ->  as they are
     ShareGPT           [{from, value}]             ->  human -> user, gpt -> assistant, ...
 
-A column of system messages comes before all of them, and one of earlier turns before the first two.
+A `system` column comes first in every layout; earlier turns (`history`) come before an instruction
+or a prompt.
 
 An Alpaca input keeps a role of its own ('input'), so that instruction and input stay apart; an
 empty one is no message, so that the same text has the same identity in every layout.
@@ -17,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from pipeline.config_base import Layout
 from pipeline.layouts import Columns
 from pipeline.schemas import BAD_LINE
 
-CANONICALISER_VERSION = 1
+CANONICALISER_VERSION = 2
 
 Role = Literal["system", "user", "input", "assistant", "tool"]
 
@@ -114,19 +116,19 @@ _NOT_UTF8 = object()
 def _to_python(column: pa.ChunkedArray) -> list[Any]:
     """Python values; a value whose bytes are no UTF-8, which Parquet does not check, is marked."""
     try:
-        return list(column.to_pylist())
+        return list(column.to_pylist(maps_as_pydicts="lossy"))
     except UnicodeDecodeError:
         return [_scalar_to_python(scalar) for scalar in column]
 
 
 def _scalar_to_python(scalar: pa.Scalar) -> Any:
     try:
-        return scalar.as_py()
+        return scalar.as_py(maps_as_pydicts="lossy")
     except UnicodeDecodeError:
         return _NOT_UTF8
 
 
-def _alpaca(row: dict[str, Any], asked: str = "instruction") -> Iterator[Message]:
+def _single_turn(row: dict[str, Any], asked: str) -> Iterator[Message]:
     if row[asked] is None:
         raise MalformedSampleError(f"null_{asked}")
     if system := row.get("system"):
@@ -142,22 +144,8 @@ def _alpaca(row: dict[str, Any], asked: str = "instruction") -> Iterator[Message
     yield Message("assistant", row["response"] or "")
 
 
-def _prompt_completion(row: dict[str, Any]) -> Iterator[Message]:
-    yield from _alpaca(row, "prompt")
-
-
-def _messages(row: dict[str, Any]) -> Iterator[Message]:
-    yield from _conversation(row, "messages", "role", "content")
-
-
-def _sharegpt(row: dict[str, Any]) -> Iterator[Message]:
-    yield from _conversation(row, "conversations", "from", "value")
-
-
-def _conversation(
-    row: dict[str, Any], column: str, role_key: str, content_key: str
-) -> Iterator[Message]:
-    messages = list(_chat(row[column], role_key, content_key))
+def _conversation(row: dict[str, Any], column: str, role: str, content: str) -> Iterator[Message]:
+    messages = list(_chat(row[column], role, content))
     if row.get("system") and messages[0].role != "system":
         yield Message("system", row["system"])
     yield from messages
@@ -173,7 +161,9 @@ def _chat(turns: list[dict[str, Any]] | None, role_key: str, content_key: str) -
             raise MalformedSampleError("null_message")
         name = turn[role_key]
         # The field is OpenAI's of before tool_calls, which templates do not know.
-        if (isinstance(name, str) and name in _TOOL_CALL_ROLES) or turn.get("function_call"):
+        if (isinstance(name, str) and name in _TOOL_CALL_ROLES) or _without_nulls(
+            turn.get("function_call")
+        ):
             raise MalformedSampleError("tool_call")
         role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:
@@ -211,8 +201,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 _READERS: dict[Layout, Any] = {
-    "alpaca": _alpaca,
-    "prompt_completion": _prompt_completion,
-    "messages": _messages,
-    "sharegpt": _sharegpt,
+    "alpaca": partial(_single_turn, asked="instruction"),
+    "prompt_completion": partial(_single_turn, asked="prompt"),
+    "messages": partial(_conversation, column="messages", role="role", content="content"),
+    "sharegpt": partial(_conversation, column="conversations", role="from", content="value"),
 }

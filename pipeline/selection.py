@@ -23,7 +23,7 @@ from pipeline.accounting import Audit
 from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows, dealt_rows
 from pipeline.columns import output_schema
 from pipeline.errors import InputError, StorageError
-from pipeline.examples import example_keys, message_keys
+from pipeline.examples import example_keys
 from pipeline.inputs import Corpus
 from pipeline.manifests import Finished
 from pipeline.ranking import Ranking, rank
@@ -68,7 +68,7 @@ def select(
             "writer_version": WRITER_VERSION,
             # Shards without a unit (empty ones, or beyond max_rows) have their say in these.
             "columns": [(field.name, str(field.type)) for field in schema],
-            "keys": [*example_keys(corpus, settings.format), *message_keys(corpus)],
+            "keys": example_keys(corpus, settings.format),
             **({"skipped_shards": skipped_shards} if skipped_shards else {}),
         }
     )

@@ -125,10 +125,14 @@ def _rows_per_part(
 ) -> int:
     """As many as the config says, or fewer where rows are long: a writer holds a whole part.
 
-    As many as fit of the longest: ranks may put those of one shard together.
+    So many that the longest fit: ranks may put them together.
     """
-    longest = max(row_bytes[plan.units[i].shard_url] for i in np.flatnonzero(counts).tolist())
-    return max(1, min(settings.rows_per_part, int(_MOST_BYTES_PER_PART / longest)))
+    lengths = np.array([row_bytes[unit.shard_url] for unit in plan.units])
+    order = np.argsort(-lengths, kind="stable")
+    lengths, rows = lengths[order], counts[order]
+    room = _MOST_BYTES_PER_PART - (np.cumsum(rows * lengths) - rows * lengths)
+    fit = int(np.minimum(rows, np.maximum(room, 0) / lengths).sum())
+    return max(1, min(settings.rows_per_part, fit))
 
 
 def _deal_units(

@@ -4,7 +4,7 @@ Text templates are the ones of the published programs. Spans follow from the len
 together; nothing is ever searched for in a render.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import TemplateName
@@ -23,7 +23,7 @@ class TextTemplate:
     `{system}` puts such a message before the instruction, a blank line between."""
     next_turn: str | None = None
     """How a further turn follows a response; None: the template has single turns only."""
-    next_turn_with_input: str | None = None
+    next_turn_with_input: str | None = field(default=None, repr=False)
 
 
 _ALPACA_TAIL = (
@@ -106,37 +106,25 @@ def render_text(
         else:
             raise MalformedSampleError("multi_turn" if template.next_turn is None else "turn_order")
         rest = rest[2 if extra is None else 3 :]
-        text += _prompt(template, system, eos, user, extra, first=not text)
+        if text:
+            pattern = template.next_turn if extra is None else template.next_turn_with_input
+        else:
+            pattern = template.without_input if extra is None else template.with_input
+        instruction = user.content
+        if system and not template.system:  # such a template has single turns
+            instruction = f"{system}\n\n{instruction}"
+        # str.format reads fields from the template only: braces in a content stay braces.
+        text += str(pattern).format(
+            system=system or template.system,
+            eos=eos,
+            instruction=instruction,
+            input="" if extra is None else extra.content,
+        )
         start = len(text)
         text += answer.content
         if answer.content.strip():
             turns.append(TextTurn(start - len(template.marker), start, len(text)))
     return text, turns
-
-
-def _prompt(
-    template: TextTemplate,
-    system: str,
-    eos: str,
-    user: Message,
-    extra: Message | None,
-    *,
-    first: bool,
-) -> str:
-    if first:
-        pattern = template.without_input if extra is None else template.with_input
-    else:
-        pattern = str(template.next_turn if extra is None else template.next_turn_with_input)
-    instruction = user.content
-    if first and system and not template.system:
-        instruction = f"{system}\n\n{instruction}"
-    # str.format reads fields from the template only: braces in a content stay braces.
-    return pattern.format(
-        system=system or template.system,
-        eos=eos,
-        instruction=instruction,
-        input="" if extra is None else extra.content,
-    )
 
 
 def chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:

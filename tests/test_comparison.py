@@ -52,6 +52,10 @@ def test_what_is_held_out_is_nowhere_else() -> None:
     assert ids(_without(table, _contents(other))) == ids(table)  # another loss is asked for
 
 
+def test_a_comparison_may_have_over_two_billion_tokens() -> None:
+    assert all(pa.types.is_large_list(EXAMPLES.field(n).type) for n in ("input_ids", "is_target"))
+
+
 def report(cherry: list[float], random: list[float], name: str = "input") -> dict[str, Any]:
     seeds = list(range(len(cherry)))
     return {

@@ -206,7 +206,9 @@ def test_scalars_of_mixed_types_become_text(tmp_path: Path, open_at: Callable[..
 def test_nan_is_a_value_that_is_not_there(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
     """Python writes it for what pandas has no value for; 'NaN' must not come into a prompt."""
     text = jsonl({**A, "input": math.nan}, {**A, "input": "1 2"}, {**A, "output": math.nan})
-    rows = rows_of(open_at(write(tmp_path / "in/a.jsonl", text)))
+    text += jsonl({**A, "meta": {"tags": ["x", math.nan]}})
+    *rows, nested = rows_of(open_at(write(tmp_path / "in/a.jsonl", text)))
+    assert nested["meta"] == {"tags": ["x", None]}
     assert [r["input"] for r in rows] == [None, "1 2", None]
     assert rows[2]["output"] is None
 

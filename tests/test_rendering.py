@@ -246,7 +246,11 @@ def test_whitespace_that_the_template_strips_is_malformed_not_misplaced() -> Non
 
 
 def test_template_that_refuses_or_fails_is_malformed() -> None:
-    for template in ("{{ raise_exception('no') }}", "{{ messages[9]['content'] + 1 }}"):
+    for template in (
+        "{{ raise_exception('no') }}",
+        "{{ messages[9]['content'] + 1 }}",
+        "{{ messages[0]['content'] + 1 }}",
+    ):
         result, _ = render(alpaca("Add.", "one"), "chat", chat_template=template)
         assert (result.status, result.reason) == ("malformed", "template")
 
@@ -270,6 +274,10 @@ _INST = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
     "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+_LLAMA3 = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
+)
 _DEEPSEEK = (
     "{% for m in messages %}{% if m['role'] == 'user' %}User: {{ m['content'] }}\n\n"
     "{% else %}Assistant: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -284,8 +292,9 @@ _DEEPSEEK = (
         (_PHI3, "<|assistant|>\n(four) five"),
         (_INST, " (four) five"),
         (_DEEPSEEK, "Assistant: (four) five"),
+        (_LLAMA3, "<|assistant|>\n\n(four) five"),  # the user's end of turn is not its own
     ],
-    ids=["qwen3", "phi3", "inst", "deepseek"],
+    ids=["qwen3", "phi3", "inst", "deepseek", "llama3"],
 )
 def test_what_a_template_puts_before_an_answer_is_its_own(template: str, direct: str) -> None:
     """The last turn's answer does not begin where the generation prompt ends, or ends the chat."""
@@ -301,10 +310,12 @@ def test_what_a_template_puts_before_an_answer_is_its_own(template: str, direct:
     assert len(result.turns) == 2
 
 
-def test_an_answer_that_holds_a_copy_of_a_template_s_own_text_is_found() -> None:
-    chat = sample(("user", "one"), ("assistant", "<think>\n\n</think>\n\n(two)"))
-    result, renderer = render(chat, "chat", chat_template=_DEEPSEEK, pair=False)
-    assert spans(result, renderer)[0][0].endswith("<think>\n\n</think>\n\n(two)")
+@pytest.mark.parametrize("answer", ["<", "<think>", "<think>\n\n</think>\n\n", "</think>\n\n<"])
+def test_an_answer_that_begins_as_the_templates_own_text_is_found(answer: str) -> None:
+    messages = (Message("user", "one"), Message("assistant", answer + "two"))
+    whole, (turn,) = ChatTemplate(make_tokenizer(chat_template=_QWEN3)).render(messages)
+    assert whole[turn.start : turn.end] == answer + "two"
+    assert whole[: turn.start].endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 def test_an_answer_that_a_template_takes_apart_is_malformed() -> None:
@@ -315,13 +326,17 @@ def test_an_answer_that_a_template_takes_apart_is_malformed() -> None:
     assert render(chat, "chat", chat_template=apart)[0].reason == "template"
 
 
-def test_an_opening_answer_is_context() -> None:
-    chat = sample(("assistant", "Hello, one?"), ("user", "two"), ("assistant", "three four"))
+@pytest.mark.parametrize("before", [(), (("system", "Be brief."),)])
+def test_an_opening_answer_is_context(before: tuple[tuple[str, str], ...]) -> None:
+    opening = (*before, ("assistant", "Hello, one?"))
+    chat = sample(*opening, ("user", "two"), ("assistant", "three four"))
     result, renderer = render(chat, "chat")
     assert spans(result, renderer) == [("three four", "<|im_start|>assistant\nthree four")]
     assert "Hello, one?" in text(renderer, result.input_ids)
-    alone, _ = render(sample(("assistant", "Hello, one?")), "chat")
+    alone, _ = render(sample(*opening), "chat")
     assert (alone.status, alone.reason) == ("malformed", "no_instruction")
+    dropping = CHATML.replace("in messages %}", f"in messages[:{len(before)}] + messages[-2:] %}}")
+    assert render(chat, "chat", chat_template=dropping)[0].reason == "template"
 
 
 @pytest.mark.parametrize("role", ["system", "tool", "user"])
@@ -333,6 +348,20 @@ def test_a_message_that_the_template_leaves_out_makes_a_row_malformed(role: str)
         "{% for m in messages %}", "{% for m in [messages[0]] + messages[2:] %}"
     )
     assert render(chat, "chat", chat_template=skipping)[0].reason == "template"
+
+
+def test_a_blank_message_may_be_left_out() -> None:
+    without = CHATML.replace("in messages %}", "in messages if m['content'] | trim %}")
+    chat = sample(("system", " "), ("user", "one"), ("assistant", "two"))
+    assert render(chat, "chat", chat_template=without)[0].status == "ok"
+
+
+def test_what_ends_a_chat_that_is_over_must_not_lie_within_it() -> None:
+    ended = CHATML.replace("{% endif %}", "{% else %}[over]{% endif %}")
+    tokenizer = make_tokenizer(chat_template=ended)
+    tokenizer.eos_token = None
+    (result,) = Renderer(tokenizer, "chat", 512, True)([alpaca("one", "two")])
+    assert result.reason == "template"
 
 
 @pytest.mark.parametrize("lead", ["", "\n", "\n\n", "  ", "   {# said #}\n", "{{ '' }}\n"])
@@ -381,6 +410,15 @@ def test_tool_call_is_context_where_rendered_and_malformed_where_not() -> None:
     assert "add" in text(renderer, result.input_ids)
     assert render(row, "chat")[0].reason == "tool_call"
     assert render(row, "alpaca")[0].reason == "tool_call"
+    # Without the calls it would refuse the chat: two answers in a row.
+    strict = "{% if not messages[1:2] or messages[1].tool_calls %}" + rendered
+    strict += "{% else %}{{ raise_exception('roles') }}{% endif %}"
+    assert render(row, "chat", chat_template=strict)[0].status == "ok"
+    again = Message("assistant", "", {"tool_calls": [*calls["tool_calls"] * 2]})
+    twice = Sample((row.messages[0], again, *row.messages[2:]))
+    first_only = rendered.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    assert render(twice, "chat", chat_template=rendered)[0].status == "ok"
+    assert render(twice, "chat", chat_template=first_only)[0].reason == "tool_call"
 
 
 def test_chat_without_a_template_is_refused() -> None:

@@ -224,6 +224,8 @@ def test_an_optional_column_of_another_meaning_is_left_out() -> None:
     assert find(schema, system=None).names == {"instruction": "instruction", "response": "output"}
     with pytest.raises(InputError, match="no known layout fits"):  # this one is not optional
         find(schema, response=None)
+    chats = pa.schema([("messages", MESSAGES), ("prompt", TEXT), ("completion", TEXT)])
+    assert find(chats, history=None).layout == "messages"  # of which it is no field
 
 
 @pytest.mark.parametrize(
@@ -446,6 +448,21 @@ def test_a_call_in_the_old_way_is_malformed() -> None:
         says("assistant", "It is dry.", function_call=None),
     )
     assert sample == Sample(malformed="tool_call")
+    none = {"name": None, "arguments": None}  # as Parquet fills what the others lack
+    plain = chat(
+        says("user", "Rain?", function_call=none), says("assistant", "No.", function_call=none)
+    )
+    assert plain.malformed is None
+
+
+def test_arguments_that_are_a_map_are_an_object() -> None:
+    arguments = pa.map_(TEXT, TEXT)
+    call = pa.struct([("function", pa.struct([("name", TEXT), ("arguments", arguments)]))])
+    kind = pa.list_(pa.struct([("role", TEXT), ("content", TEXT), ("tool_calls", pa.list_(call))]))
+    function = {"name": "weather", "arguments": [("city", "Paris")]}
+    asked = says("assistant", "", tool_calls=[{"function": function}])
+    (called,) = chat(asked, kind=kind).messages
+    assert called.extra["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
 
 
 # Bytes that are no text

@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -343,6 +344,9 @@ def test_a_shard_of_short_rows_makes_no_longer_parts_of_long_ones(
     plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows, unit_rows=3000)
     found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(count=12), "fp")
     assert max(part["rows"] for part in found.manifest["parts"]) <= 5
+    # Of one long row, the others are no longer for it.
+    sizes = {plan.units[0].shard_url: 100.0, plan.units[1].shard_url: 4_000.0}
+    assert subset._rows_per_part(plan, np.array([3000, 1]), sizes, wanted()) == 11
 
 
 @ray
@@ -586,6 +590,7 @@ def test_columns_of_shards_that_have_no_rows_make_another_selection(
     assert lines[0]["system"] == ""
 
 
+@pytest.mark.slow
 def test_rows_of_one_part_that_are_too_long_together_are_named(tmp_path: Path) -> None:
     """2 GiB of one text: where the rows of one shard differ much, its mean says little."""
     half = pa.array([b"x" * 2**30]).cast(pa.string())
@@ -597,8 +602,13 @@ def test_rows_of_one_part_that_are_too_long_together_are_named(tmp_path: Path) -
 @ray
 def test_maps_are_objects_in_json(ray_local: None, tmp_path: Path) -> None:
     kinds = pa.array([[("a", 1), ("b", 2)], [], None], pa.map_(pa.string(), pa.int64()))
-    lines = select_as(tmp_path, pa.table({**ALPACA, "kinds": kinds}), "jsonl")
+    raw = pa.array([[(b"\1\2", True)], [(b"", None)], []], pa.map_(pa.binary(), pa.bool_()))
+    flags = pa.array([[(True, 1.5)], [], []], pa.map_(pa.bool_(), pa.float64()))
+    table = pa.table({**ALPACA, "kinds": kinds, "raw": raw, "flags": flags})
+    lines = select_as(tmp_path, table, "jsonl")
     assert [line["kinds"] for line in lines] == [{"a": 1, "b": 2}, {}, None]
+    assert [line["raw"] for line in lines] == [{"0102": True}, {"": None}, {}]
+    assert [line["flags"] for line in lines] == [{"true": 1.5}, {}, {}]
 
 
 @ray

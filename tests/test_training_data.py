@@ -100,16 +100,17 @@ def test_nothing_to_train_on_is_refused() -> None:
 def test_a_field_that_some_shards_lack_is_null_there(
     tmp_path: Path, config_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces of one file differ in what happens to be in them; the last one is a broken line."""
+    """Pieces of one file differ in what happens to be in them; some are broken lines."""
     monkeypatch.setattr(ingest, "_INGEST_ROWS", 2)
     lines = [
-        '{"instruction": "a", "input": "b", "output": "c"}',
+        *["{"] * 2,
         *['{"instruction": "a", "output": "c"}'] * 3,
+        '{"instruction": "a", "input": "b", "output": "c"}',
         "{",
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     assert (
-        len(check(config_for(tmp_path / "rows.jsonl", train={}), selecting=True).corpus.shards) == 3
+        len(check(config_for(tmp_path / "rows.jsonl", train={}), selecting=True).corpus.shards) == 4
     )
 
 
