@@ -105,7 +105,7 @@ class ScoreConfig(Section):
     reuse: Literal["rows", "units"] = "rows"
     """Finished units are never scored again. `rows` also takes the score of a row that has one
     under the same settings though its shard was rewritten, appended to or cut otherwise."""
-    unit_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    unit_timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 3600.0
     """A unit that takes longer than this in any stage loses its process and is tried again, in
     the end row by row; a row alone has a tenth of it."""
     max_error_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01

@@ -41,11 +41,12 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
         if set(names) <= there.keys():  # else somebody cleaned up
             return [storage.join(folder, name) for name in names]
     names = []
+    texts: dict[str, bool] = {}
     num_good = num_bad = 0
     for number, rows in enumerate(_pieces(_read_rows(entry.url))):
         num_good += sum(row is not None for row, _, _ in rows)
         num_bad += sum(row is None for row, _, _ in rows)
-        piece = _to_parquet(rows)
+        piece = _to_parquet(rows, texts)
         # Named by content: what a run that is refused below has left there is no other's piece.
         name = f"piece-{number:05d}-{hashlib.sha256(piece).hexdigest()[:16]}.parquet"
         storage.publish(storage.join(folder, name), piece)
@@ -137,15 +138,21 @@ def _as_row(value: Any, where: str) -> _Row:
         return None, f"{where}: nested deeper than {_MAX_DEPTH} levels", where
 
 
-def _to_parquet(rows: list[_Row]) -> bytes:
-    names: dict[str, None] = {}  # in order of appearance
+def _to_parquet(rows: list[_Row], texts: dict[str, bool]) -> bytes:
+    """A piece of a file.
+
+    `texts` has the columns of the pieces before it, in order of appearance, and whether they are
+    text: a piece in which one does not occur, or has numbers only, is read as they are.
+    """
     for row, _, _ in rows:
-        names.update(dict.fromkeys(row or ()))
+        for name in row or ():
+            texts.setdefault(name, False)
     reasons = [reason for _, reason, _ in rows]
     columns = {}
-    for name in names:
+    for name, text in texts.items():
         values = [None if row is None else row.get(name) for row, _, _ in rows]
-        columns[name], faults = _column(values)
+        columns[name], faults = _column(values, text)
+        texts[name] = text or pa.types.is_string(columns[name].type)
         for index, fault in faults.items():
             reasons[index] = reasons[index] or f"{rows[index][2]}: column '{name}': {fault}"
     columns[BAD_LINE] = pa.array(reasons, pa.string())
@@ -154,19 +161,23 @@ def _to_parquet(rows: list[_Row]) -> bytes:
     return sink.getvalue()
 
 
-def _column(values: list[Any]) -> tuple[pa.Array, dict[int, str]]:
+def _column(values: list[Any], text: bool) -> tuple[pa.Array, dict[int, str]]:
     """An Arrow column of JSON values of whatever types.
 
-    Scalars of mixed types become text, each in its JSON spelling. Of lists and objects, the rows
+    Scalars of mixed types become text, each in its JSON spelling, and so do those that have to be
+    text. Of lists and objects, the rows
     that do not fit the type of the rows before them become null, and are named.
     """
+    nested = any(isinstance(v, (list, dict)) for v in values)
     try:
-        return pa.array(values), {}
+        column = pa.array(values)
+        if nested or not text or pa.types.is_null(column.type):
+            return column, {}
     except (pa.ArrowException, OverflowError):
         pass
-    if not any(isinstance(v, (list, dict)) for v in values):
-        text = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
-        return pa.array(text, pa.string()), {}
+    if not nested:
+        texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+        return pa.array(texts, pa.string()), {}
     kind: pa.DataType = pa.null()
     faults: dict[int, str] = {}
     for index, value in enumerate(values):

@@ -16,12 +16,13 @@ import pyarrow as pa
 
 from pipeline import footers, listing, storage
 from pipeline.config import InputConfig
-from pipeline.errors import ChangedError, InputError
+from pipeline.errors import ChangedError, InputError, StorageError
 from pipeline.footers import Footer, Known
 from pipeline.ingest import COMPRESSIONS, SUFFIXES, ingest
 from pipeline.layouts import LAYOUT_ORDER, Columns, find_columns
 from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
+from pipeline.storage_faults import is_outage
 
 log = logging.getLogger("cherry")
 
@@ -132,6 +133,8 @@ def _list_sources(config: InputConfig, output: str) -> list[ObjectInfo]:
         path = storage.absolute(path)
         _refuse_overlap(path, output)
         for entry in _list_path(path):
+            if entry.url.startswith(f"{output}/") and not path.startswith(f"{output}/"):
+                _refuse_overlap(output, output)
             real = _behind_links(entry.url, output)
             # Of a file and links to it the file itself, else the first by name.
             if real not in found or entry.url == real:
@@ -192,7 +195,8 @@ def _format(url: str) -> str | None:
 
 
 def _refuse_overlap(path: str, output: str) -> None:
-    base = path.split("*")[0].rstrip("/") if "*" in path else path
+    base, *wild = re.split(r"[*?[]", path)
+    base = base.rstrip("/") if wild else path
     if output == base or output.startswith(base + "/"):
         raise InputError(
             f"output {output}: it lies inside the input {path}, so that the next run would take "
@@ -222,6 +226,8 @@ def _read(source: ObjectInfo, output: str) -> list[Footer] | InputError:
             pieces = ingest(source, output)
         return [footers.read_footer(f"{source.url}#{n}", piece) for n, piece in enumerate(pieces)]
     except InputError as err:
+        if is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
+            raise StorageError(f"input {err} Nothing is wrong with it; run again.") from err
         return err
 
 

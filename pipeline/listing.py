@@ -5,13 +5,17 @@ reads rows of what was listed earlier asks `refuse_changed` after it: those of a
 not the ones that were planned.
 """
 
-import glob
+import fnmatch
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
+
+from fsspec.utils import glob_translate
 
 from pipeline.errors import ChangedError
 from pipeline.storage import filesystem, is_local
@@ -41,24 +45,26 @@ class ObjectInfo:
 def list_objects(url: str, *, globs: bool = True) -> list[ObjectInfo]:
     """All files under a directory, matched by a glob, or the one file named; sorted by URL.
 
-    Without `globs`, a path is what it says, whatever signs are in it.
+    Directories that a glob matches are read as if they were named. Without `globs`, a path is what
+    it says, whatever signs are in it, and so is a local one that is there.
 
     A missing directory lists as empty only where the store has no directories to miss; elsewhere
-    it raises InputError.
+    it raises InputError, and so does a directory that cannot be listed.
     """
     fs, path = filesystem(url)
     local = is_local(url)
+    below = _files_below if local else lambda fs, folder: fs.find(folder, detail=True)
     with reading(url, "listed"):
         fs.invalidate_cache()
-        if globs and any(sign in path for sign in "*?["):
-            found = _matches(fs, path) if local else fs.glob(path, detail=True)
+        if globs and any(sign in path for sign in "*?[") and not (local and os.path.lexists(path)):
+            found = dict(_matches(path) if local else fs.glob(path, detail=True))
+            for name in [name for name, info in found.items() if info["type"] == "directory"]:
+                found |= {} if "**" in path else below(fs, name)
         elif (info := fs.info(path))["type"] == "file":  # isfile would take an error for a no
             found = {path: info}
         else:
-            found = _files_below(fs, path) if local else fs.find(path, detail=True)
+            found = dict(below(fs, path))
         for name, info in found.items():
-            if info.get("islink"):  # as `**` lists it
-                found[name] = info = _followed(fs, name)
             if info["type"] == "file" and (info.get("size") is None or not _version(info)):
                 found[name] |= fs.info(name)  # listings over HTTP are names only
     return sorted(
@@ -76,33 +82,65 @@ def list_objects(url: str, *, globs: bool = True) -> list[ObjectInfo]:
     )
 
 
-def _matches(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
-    """What matches a glob, also behind links; `**` follows none, or it might never end."""
-    if "**" in pattern:
-        return dict(fs.glob(pattern, detail=True))
-    return {name: _followed(fs, name) for name in glob.glob(pattern, include_hidden=True)}
+def _matches(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What matches a local glob, also behind links; `**` follows none, or it might never end."""
+    if "**" not in pattern:
+        root, *parts = pattern.split("/")
+        yield from ((name, _followed(name)) for name in _expanded(f"{root}/", parts))
+        return
+    root = re.split(r"[*?[]", pattern)[0].rpartition("/")[0] or "/"
+    matches = re.compile(glob_translate(pattern)).match
+    yield from ((name, _followed(name)) for name, _ in _walk(root) if matches(name))
 
 
-def _files_below(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
+    """Paths below a folder whose components match the parts of a glob."""
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    names = [part] if not any(sign in part for sign in "*?[") else []
+    if not names and os.path.isdir(folder):
+        names = fnmatch.filter(sorted(os.listdir(folder)), part)
+    for name in names:
+        if os.path.lexists(path := os.path.join(folder, name)):
+            yield from _expanded(path, rest)
+
+
+def _files_below(_: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Files at any depth, also in directories that are linked to, none of which is seen twice."""
-    found: dict[str, dict[str, Any]] = {}
     folders, known = [folder], set()
     for folder in folders:
         if (real := os.path.realpath(folder)) in known:
             continue  # or a link to what it lies in would be followed for ever
         known.add(real)
-        for name, info in fs.find(folder, detail=True).items():
-            if info["islink"]:  # listed as neither file nor directory
-                info = _followed(fs, name)
-            if info["type"] == "directory":
+        for name, is_link in _walk(folder):
+            if is_link and os.path.isdir(name):
                 folders.append(name)
-            found[name] = info
-    return found
+            elif not (is_link and _is_hidden(name) and not os.path.exists(name)):  # an editor's
+                yield name, _followed(name)
 
 
-def _followed(fs: Any, name: str) -> dict[str, Any]:
+def _walk(folder: str) -> Iterator[tuple[str, bool]]:
+    """Files and links below a local folder, and which are links; none is left out for an error."""
+
+    def fail(err: OSError) -> None:
+        raise err
+
+    for root, folders, names in os.walk(folder, onerror=fail):
+        for name in sorted((*folders, *names)):
+            path = os.path.join(root, name)
+            if (is_link := os.path.islink(path)) or name in names:
+                yield path, is_link
+
+
+def _is_hidden(path: str) -> bool:
+    return os.path.basename(path).startswith((".", "_"))
+
+
+def _followed(name: str) -> dict[str, Any]:
     with reading(name, "followed"):
-        return dict(fs.info(name))
+        return dict(filesystem(name)[0].info(name))
 
 
 def list_names(url: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from pipeline.storage_faults import reading
 
 log = logging.getLogger("cherry")
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 _HASHES = "cherry_hashes.json"
 _DESCRIPTION_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja")
@@ -246,12 +247,13 @@ def _convert_gguf(ref: ModelRef, into: str) -> None:
             f"{ref.fingerprint}. Put the same file there on every node, or use a URL."
         )
     transformers.utils.logging.disable_progress_bar()
-    folder, name = os.path.split(ref.path)
+    source: dict[str, Any] = {"gguf_file": os.path.basename(ref.path)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32
-        )
+        with tempfile.TemporaryDirectory(prefix="cherry-gguf-") as alone:
+            # A tokenizer.json beside it, of whatever model, would be taken for its own.
+            os.symlink(ref.path, os.path.join(alone, source["gguf_file"]))
+            tokenizer = AutoTokenizer.from_pretrained(alone, **source)
+            model: Any = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **source)
     except ImportError as err:
         raise ModelError(
             f"model.path {ref.path}: reading GGUF needs an extra: "

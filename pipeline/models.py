@@ -58,6 +58,12 @@ def load_config(ref: ModelRef) -> Any:
         ModelError: It is missing, or no causal language model that transformers knows.
     """
     directory = local_directory(ref, weights=False)
+    if os.path.exists(os.path.join(directory, "adapter_config.json")):
+        raise ModelError(
+            f"model.path {ref.path}: an adapter lies in it (adapter_config.json), which is loaded "
+            "or not depending on what is installed. Merge it (peft: merge_and_unload) and save the "
+            "whole model, or take its files away."
+        )
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as err:
@@ -132,4 +138,5 @@ def copy_tokenizer(ref: ModelRef, into: str) -> None:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that turns text into ids."""
     state = tokenizer.backend_tokenizer.to_str()
+    state += "split special tokens" * tokenizer.split_special_tokens  # no part of the state
     return hashlib.sha256(state.encode()).hexdigest()

@@ -222,7 +222,7 @@ def exact_offsets_backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
     state["truncation"] = state["padding"] = None
     _untrim(state.get("post_processor"))
     exact = Tokenizer.from_str(json.dumps(state))
-    exact.encode_special_tokens = backend.encode_special_tokens
+    exact.encode_special_tokens = tokenizer.split_special_tokens
     return exact
 
 

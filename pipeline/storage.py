@@ -11,6 +11,7 @@ whole object, or an error that names it.
 """
 
 import os
+import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -62,9 +63,11 @@ def join(base: str, *names: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute, without `..`; other URLs as they are, less a trailing slash."""
+    """A local path made absolute, without `..`; other URLs in one spelling, less a last slash."""
     fs, path = filesystem(url)
-    return os.path.normpath(path) if isinstance(fs, LocalFileSystem) else url.rstrip("/")
+    if isinstance(fs, LocalFileSystem):
+        return os.path.normpath(path)
+    return re.sub("^s3a://", "s3://", url).rstrip("/")
 
 
 def read_bytes(url: str) -> bytes:

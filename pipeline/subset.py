@@ -24,7 +24,7 @@ import ray
 from pipeline import storage
 from pipeline.budgets import SelectSettings
 from pipeline.columns import added_columns
-from pipeline.errors import InputError
+from pipeline.errors import ChangedError, InputError
 from pipeline.examples import is_example, message_keys, to_lines
 from pipeline.inputs import Corpus
 from pipeline.ranking import Ranking
@@ -205,7 +205,15 @@ def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.T
     added = _added(job, units, rows)
     layout = set(shard.columns.names.values())
     fields = [field for field in job.schema if field.name not in added.schema.names]
-    read = take_rows(shard.file, numbers, layout | {field.name for field in fields})
+    try:
+        read = take_rows(shard.file, numbers, layout | {field.name for field in fields})
+    except ChangedError:
+        raise
+    except InputError as err:  # in a column that scoring does not read
+        raise InputError(
+            f"shard {shard.shard_url}: {err} What is scored is kept: repair the shard, or take it "
+            "out of the input, and run cherry select."
+        ) from err
     form = job.settings.format
     others = read
     if is_example(form):  # the layout's columns become the example itself

@@ -407,3 +407,8 @@ def test_a_seed_that_some_library_would_refuse_is_refused(
     sections: dict[str, Any], key: str
 ) -> None:
     assert f"key '{key}" in refusal(**sections)
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e12])
+def test_a_timeout_that_no_clock_takes_is_refused(seconds: float) -> None:
+    assert "key 'score.unit_timeout_s'" in refusal(score={"unit_timeout_s": seconds})

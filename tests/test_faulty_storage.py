@@ -23,8 +23,9 @@ from botocore.retries.standard import ExponentialBackoff
 from conftest import S3
 from fault_proxy import Fault, FaultProxy
 
-from pipeline import listing, s3, storage, storage_faults, tokenising, uploads
+from pipeline import inputs, listing, s3, storage, storage_faults, tokenising, uploads
 from pipeline import rows as rows_module
+from pipeline.config import InputConfig
 from pipeline.errors import CherryError, InputError, ShardError, StorageError
 from pipeline.listing import ObjectInfo
 
@@ -159,6 +160,24 @@ def test_a_read_succeeds_after_two_faults(
         assert "no longer exists" in failure(InputError, call, f"{folder}/{name}")
     else:
         assert call(f"{folder}/{name}".rstrip("/")) == expected
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "c.jsonl"])
+def test_a_store_that_does_not_answer_makes_no_shard_a_bad_one(
+    proxy: FaultProxy, store: Any, folder: str, name: str
+) -> None:
+    """`on_bad_shard: skip` is for what is broken, not for what is not given just now."""
+    table = pa.table({"instruction": ["a"], "output": ["b"]})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    store.pipe_file(f"{folder}/in/b.parquet", sink.getvalue())
+    store.pipe_file(f"{folder}/in/c.jsonl", b'{"instruction": "a", "output": "b"}\n')
+    config = InputConfig(path=f"{folder}/in", on_bad_shard="skip")
+    proxy.faults = [Fault(**READ_FAULTS["503"], method="GET", key=name)]
+    with pytest.raises(StorageError, match=rf"{name}.*Nothing is wrong with it; run again"):
+        inputs.open_corpus(config, f"{folder}/out")
+    proxy.faults = []
+    assert inputs.open_corpus(config, f"{folder}/out").skipped == ()
 
 
 @pytest.mark.parametrize("fault", READ_FAULTS)

@@ -1,5 +1,6 @@
 """The front door: what is found, what is refused, and how JSON becomes Parquet."""
 
+import errno
 import gzip
 import json
 import math
@@ -20,7 +21,7 @@ from pipeline.budgets import SelectSettings
 from pipeline.columns import output_schema
 from pipeline.config import InputConfig
 from pipeline.config_select import SelectConfig
-from pipeline.errors import ChangedError, InputError
+from pipeline.errors import ChangedError, InputError, StorageError
 from pipeline.inputs import Corpus
 from pipeline.samples import read_samples
 from pipeline.schemas import BAD_LINE
@@ -163,6 +164,82 @@ def test_hidden_files_and_folders_are_ignored(
     write(folder / "_SUCCESS", b"")
     assert names_of(open_at(folder)) == ["a.parquet"]
     assert names_of(open_at(folder / "**")) == ["a.parquet"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.parquet", "/*/*.parquet"])
+def test_a_directory_that_cannot_be_listed_is_not_left_out(
+    tmp_path: Path,
+    open_at: Callable[..., Corpus],
+    monkeypatch: pytest.MonkeyPatch,
+    pattern: str,
+) -> None:
+    """Else the best tenth would be one of what a sick disk happens to give."""
+    for name in ("x", "y"):
+        write_parquet(tmp_path / "in" / name / "a.parquet", [A])
+    assert len(open_at(f"{tmp_path}/in{pattern}").shards) == 2
+    for name in ("scandir", "listdir"):
+        right = getattr(os, name)
+
+        def sick(path: Any = ".", right: Any = right) -> Any:
+            if str(path).endswith("in/y"):
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return right(path)
+
+        monkeypatch.setattr(os, name, sick)
+    with pytest.raises((InputError, StorageError), match="Input/output error"):
+        open_at(f"{tmp_path}/in{pattern}")
+
+
+def test_directories_that_a_glob_matches_are_read(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    """As Spark writes them, one for what is called a file."""
+    write_parquet(tmp_path / "in/de.parquet", [A])
+    write_parquet(tmp_path / "in/en.parquet/part-0.parquet", [B])
+    write_parquet(tmp_path / "in/en.parquet/_temporary/part-1.parquet", [B])
+    assert names_of(open_at(tmp_path / "in/*.parquet")) == ["de.parquet", "part-0.parquet"]
+
+
+def test_a_path_that_is_there_is_no_glob(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    write_parquet(tmp_path / "in/a[1].parquet", [A, B])
+    write_parquet(tmp_path / "in/a1.parquet", [C])
+    write_parquet(tmp_path / "data [v2]/b.parquet", [C])
+    assert rows_of(open_at(tmp_path / "in/a[1].parquet")) == [A, B]
+    assert names_of(open_at(tmp_path / "data [v2]")) == ["b.parquet"]
+
+
+def test_a_link_that_leads_nowhere_matters_where_it_would_be_read(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    write_parquet(tmp_path / "in/a.parquet", [A])
+    (tmp_path / "in/.#notes.txt").symlink_to("user@host.1234")  # an editor's lock
+    assert names_of(open_at(tmp_path / "in")) == ["a.parquet"]
+    (tmp_path / "in/b.parquet").symlink_to("gone.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet"):
+        open_at(tmp_path / "in")
+
+
+def test_an_output_that_a_glob_matches_is_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "en_1/a.parquet", [A])
+    write_parquet(tmp_path / "en_out/cherry/b.parquet", [A])
+    config = InputConfig(path=f"{tmp_path}/en_*")
+    with pytest.raises(InputError, match="it lies inside the input"):
+        inputs.open_corpus(config, str(tmp_path / "en_out"))
+
+
+def test_two_spellings_of_a_bucket_overlap() -> None:
+    with pytest.raises(InputError, match="it lies inside the input"):
+        inputs.open_corpus(InputConfig(path="s3a://bucket/in"), "s3://bucket/in/out")
+
+
+def test_what_a_piece_lacks_or_has_as_numbers_is_read_as_in_the_others(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file is cut is an accident: a row must not be refused for it."""
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 2)
+    rows = [A, B, {"instruction": "Name one."}, {"instruction": "And?"}, {**A, "output": 7}]
+    found = rows_of(open_at(write(tmp_path / "in/a.jsonl", jsonl(*rows))))
+    assert [row["output"] for row in found] == [A["output"], B["output"], None, None, "7"]
 
 
 def test_a_hidden_file_that_is_named_is_read(
@@ -534,9 +611,9 @@ def test_a_source_overwritten_while_it_is_ingested_is_refused(
     path = write(tmp_path / "in/a.jsonl", jsonl(A))
     to_parquet = ingest._to_parquet
 
-    def overwrite(rows: Any) -> bytes:
+    def overwrite(*arguments: Any) -> bytes:
         write(path, jsonl(A, B))
-        return to_parquet(rows)
+        return to_parquet(*arguments)
 
     monkeypatch.setattr(ingest, "_to_parquet", overwrite)
     with pytest.raises(ChangedError, match=r"a\.jsonl: it was overwritten while it was in use"):
@@ -634,7 +711,7 @@ def test_any_json_objects_become_a_readable_shard_with_a_row_for_each(rows: list
     parsed = [
         ingest._parse_line(json.dumps(row).encode(), f"line {i}") for i, row in enumerate(rows)
     ]
-    table = pq.read_table(pa.BufferReader(ingest._to_parquet(parsed)))
+    table = pq.read_table(pa.BufferReader(ingest._to_parquet(parsed, {})))
     assert table.num_rows == len(rows)
     for row, stored in zip(rows, table.to_pylist(), strict=True):
         if stored[BAD_LINE] is None and isinstance(row.get("a"), str):

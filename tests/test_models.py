@@ -213,6 +213,31 @@ def test_tokenizers_are_told_apart() -> None:
     assert models.tokenizer_fingerprint(one) != models.tokenizer_fingerprint(other)
 
 
+def test_a_tokenizer_that_splits_special_tokens_is_another() -> None:
+    plain, splitting = make_tokenizer(), make_tokenizer()
+    splitting.split_special_tokens = True
+    assert plain.backend_tokenizer.to_str() == splitting.backend_tokenizer.to_str()
+    assert models.tokenizer_fingerprint(plain) != models.tokenizer_fingerprint(splitting)
+
+
+def test_an_adapter_beside_weights_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """transformers would put it on wherever peft is installed, and nowhere else."""
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="an adapter lies in it"):
+        models.load_config(resolve(copy, tmp_path))
+
+
+@pytest.mark.smollm2
+def test_what_lies_beside_a_gguf_is_not_its_own(smollm2: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    make_tokenizer().save_pretrained(beside)
+    path = Path(shutil.copy(smollm2, beside))
+    ref = model_files.resolve(ModelConfig(path=str(path), cache_dir=str(tmp_path / "cache")))
+    assert len(models.load_tokenizer(ref)) == 49152
+
+
 @pytest.mark.smollm2
 def test_gguf_converts_to_the_same_tokens_and_finite_weights(smollm2: Path) -> None:
     ref = model_files.resolve(ModelConfig(path=str(smollm2)))
