@@ -10,12 +10,13 @@ Nothing is written but what every command keeps: the resolved config, and footer
 """
 
 import itertools
+import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,18 @@ import pyarrow as pa
 import ray
 
 from pipeline import cluster, reuse
+from pipeline.errors import ChangedError, InputError
 from pipeline.job import Job
 from pipeline.rows import take_rows
 from pipeline.samples import Sample, read_samples, sample_id
 from pipeline.schemas import BAD_LINE, PART
 from pipeline.scoring import UnitScorer
 from pipeline.settings import Scoring
+from pipeline.storage_faults import is_outage
 from pipeline.tokenising import renderer, tokenise
 from pipeline.units import Unit
+
+log = logging.getLogger("cherry")
 
 _MOST_LENGTHS = 50_000
 _BLOCK_ROWS = 500
@@ -61,6 +66,8 @@ class Estimate:
     rows_by_status: dict[str, int]
     """Estimated, of rows that are not done, as far as tokenising tells."""
     device: str
+    skipped_shards: int = 0
+    """Of those that no row was drawn of, the ones that cannot be opened."""
     scored_rows: int = 0
     over_one_fraction: float | None = None
     """Of the scored rows: IFD of 1 or more."""
@@ -81,11 +88,15 @@ def estimate(job: Job, num_scored: int) -> Estimate:
     """Estimate what a run of `job` would do; `num_scored` rows are scored to see how long it takes.
 
     Raises:
-        InputError: A shard cannot be read.
+        InputError: A shard cannot be read, and `on_bad_shard` is `fail`.
         ConfigError: The cluster cannot hold the actors asked for.
     """
     parts = job.plan.parts()
     pending = job.plan.pending(parts)
+    samples, unreadable = _read(job, pending)
+    if unreadable:
+        job = replace(job, plan=job.plan.without({unit.unit_id for unit in unreadable}))
+        pending = job.plan.pending(parts)
     rows_pending = sum(unit.num_rows for unit in pending)
     workers = cluster.plan_workers(job.config.cluster)
     scoring = Scoring(
@@ -94,7 +105,6 @@ def estimate(job: Job, num_scored: int) -> Estimate:
         workers=workers,
         timeout_s=job.config.score.unit_timeout_s,
     )
-    samples = _read(pending, _drawn(rows_pending))
     known = _known(job, parts, samples)
     chars = np.array([sum(len(m.content) for m in sample.messages) for sample in samples])
     chosen = np.arange(0, len(samples), max(1, -(-len(samples) // _MOST_TOKENISED)))
@@ -118,6 +128,7 @@ def estimate(job: Job, num_scored: int) -> Estimate:
             for status, count in sorted(statuses.items())
         },
         device=scoring.device,
+        skipped_shards=len(job.corpus.skipped) + len({unit.shard_url for unit in unreadable}),
     )
     return _with_scores(found, table, scoring, num_scored, job) if num_scored else found
 
@@ -131,9 +142,10 @@ def _drawn(rows: int) -> npt.NDArray[np.int64]:
     return np.unique(np.add.outer(starts, np.arange(_BLOCK_ROWS)))
 
 
-def _read(units: Sequence[Unit], drawn: npt.NDArray[np.int64]) -> list[Sample]:
-    """Samples by their number among the rows of `units`."""
+def _read(job: Job, units: Sequence[Unit]) -> tuple[list[Sample], list[Unit]]:
+    """Samples drawn from the rows of units, and the units of shards that a run would skip."""
     ends = np.cumsum([unit.num_rows for unit in units])
+    drawn = _drawn(sum(unit.num_rows for unit in units))
     by_unit = np.searchsorted(ends, drawn, side="right")
     jobs = []
     for _, group in itertools.groupby(
@@ -143,14 +155,27 @@ def _read(units: Sequence[Unit], drawn: npt.NDArray[np.int64]) -> list[Sample]:
         for index in group:
             unit = units[index]
             rows.append(drawn[by_unit == index] - (ends[index] - unit.num_rows) + unit.start)
-        jobs.append((unit.file, np.concatenate(rows), unit.columns))
+        jobs.append((unit, np.concatenate(rows)))
+    skip = job.config.input.on_bad_shard == "skip"
     with ThreadPoolExecutor(_READERS) as pool:
-        tables = pool.map(lambda j: take_rows(j[0], j[1], [*j[2].names.values(), BAD_LINE]), jobs)
-        return [
-            sample
-            for table, (_, _, columns) in zip(tables, jobs, strict=True)
-            for sample in read_samples(table, columns)
-        ]
+        found = list(pool.map(lambda each: _take(each[0], each[1], skip), jobs))
+    bad = {
+        unit.shard_url for samples, (unit, _) in zip(found, jobs, strict=True) if samples is None
+    }
+    samples = [sample for some in found if some is not None for sample in some]
+    return samples, [unit for unit in units if unit.shard_url in bad]
+
+
+def _take(unit: Unit, rows: npt.NDArray[np.int64], skip: bool) -> list[Sample] | None:
+    """Samples of a shard; None if it cannot be read and is to be skipped."""
+    try:
+        table = take_rows(unit.file, rows, [*unit.columns.names.values(), BAD_LINE])
+        return list(read_samples(table, unit.columns))
+    except InputError as err:
+        if not skip or isinstance(err, ChangedError) or is_outage(err):
+            raise
+        log.warning("%s", err)
+        return None
 
 
 def _known(job: Job, parts: set[str], samples: Sequence[Sample]) -> npt.NDArray[np.bool_]:

@@ -203,7 +203,8 @@ def show_estimate(estimate: Estimate, console: Console) -> None:
     lines = [
         f"{count(estimate.rows, 'row')} in {count(estimate.units_total, 'unit')}; "
         f"{estimate.rows_done:,} of them in {count(estimate.units_done, 'unit')} are done"
-        + (f", about {n:,} more rows have a score" if (n := estimate.rows_reusable) else ""),
+        + (f", about {n:,} more rows have a score" if (n := estimate.rows_reusable) else "")
+        + (f"; {count(n, 'shard')} cannot be read" if (n := estimate.skipped_shards) else ""),
         f"about {estimate.tokens:,} tokens to score: {estimate.tokens_conditioned:,} conditioned, "
         f"{estimate.tokens_direct:,} direct (standard error {100 * estimate.tokens_error:.1f} %, "
         f"{estimate.sampled_rows:,} rows tokenised)",

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from pipeline import estimate, run
 from pipeline.cli import app
+from pipeline.errors import InputError
 from pipeline.job import check, plan
 from pipeline.tokenising import tokenise
 
@@ -37,6 +38,23 @@ def test_of_a_small_corpus_it_is_what_a_run_scores(
     after = run.estimate(config, 0)
     assert (after.rows_done, after.units_done) == (summary.rows, summary.units_total)
     assert (after.tokens, after.rows_by_status, after.sampled_rows) == (0, {}, 0)
+
+
+def test_what_a_run_skips_is_skipped(ray_local: None, config_for: ConfigFor, corpus: Path) -> None:
+    bad = corpus / "shard-8.parquet"
+    write_parquet(bad, [{"instruction": "a", "output": f"{n} " * 50} for n in range(20)])
+    data = bytearray(bad.read_bytes())
+    data[4:80] = bytes(76)  # the footer is sound
+    bad.write_bytes(data)
+    (corpus / "shard-9.parquet").write_bytes(b"no footer")
+    config = config_for(corpus, input={"on_bad_shard": "skip"})
+    found = run.estimate(config, 0)
+    summary = run.score(config).summary
+    assert found.skipped_shards == len(summary.skipped_shards) == 2
+    assert (found.rows, found.tokens) == (summary.rows, summary.tokens_scored)
+    bad.unlink()
+    with pytest.raises(InputError, match="shard-9"):
+        run.estimate(config_for(corpus), 0)
 
 
 def test_only_what_is_new_is_estimated(
