@@ -159,9 +159,11 @@ def _with_calls_stood_in(message: dict[str, Any], index: int) -> dict[str, Any]:
 def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
     """What has a name and arguments, in OpenAI's calls or without the wrapping."""
     calls = message.get("tool_calls", [])
+    if isinstance(calls, list):
+        calls = [isinstance(call, dict) and (call.get("function") or call) for call in calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise MalformedSampleError("tool_call")
-    return [call.get("function") or call for call in calls]
+    return calls
 
 
 def _stand_in(*place: int) -> str:

@@ -67,7 +67,7 @@ class Estimate:
     """Estimated, of rows that are not done, as far as tokenising tells."""
     device: str
     skipped_shards: int = 0
-    """Of those that no row was drawn of, the ones that cannot be opened."""
+    """That a run would skip. One whose footer is sound counts only if rows of it were drawn."""
     scored_rows: int = 0
     over_one_fraction: float | None = None
     """Of the scored rows: IFD of 1 or more."""

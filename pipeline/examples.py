@@ -37,15 +37,16 @@ def message_keys(corpus: Corpus) -> tuple[str, ...]:
     found: set[str] = set()
     for shard in corpus.shards:
         for name in ("messages", "conversations"):
-            if column := shard.columns.names.get(name):
-                found |= {field.name for field in shard.schema.field(column).type.value_type}
+            column = shard.columns.names.get(name)
+            if column and not pa.types.is_null(kind := shard.schema.field(column).type):
+                found |= {field.name for field in kind.value_type}
     return tuple(key for key in _EXTRA_KEYS if key in found)
 
 
 def example_keys(corpus: Corpus, form: Format) -> tuple[str, ...]:
-    """Keys of a line, and of its messages, that are the format's own, whatever the input has."""
+    """Keys of a line that are the format's own, whatever the input's columns are."""
     if form == "messages_jsonl":
-        return ("messages", *message_keys(corpus))
+        return ("messages",)
     if form == "alpaca_jsonl":
         chats = any(shard.columns.chats for shard in corpus.shards)
         return ("instruction", "input", "output", *(("system", "history") if chats else ()))

@@ -164,9 +164,9 @@ def _to_parquet(rows: list[_Row], texts: dict[str, bool]) -> bytes:
 def _column(values: list[Any], text: bool) -> tuple[pa.Array, dict[int, str]]:
     """An Arrow column of JSON values of whatever types.
 
-    Scalars of mixed types become text, each in its JSON spelling, and so do those that have to be
-    text. Of lists and objects, the rows
-    that do not fit the type of the rows before them become null, and are named.
+    Scalars of mixed types become text, each in its JSON spelling; so do all scalars where `text`
+    says so. Of lists and objects, the rows that do not fit the type of the rows before them become
+    null, and are named.
     """
     nested = any(isinstance(v, (list, dict)) for v in values)
     try:

@@ -4,6 +4,7 @@ Parquet is listed as it is; JSON and JSONL (also .gz, .zst) come through ingest.
 earlier run has seen are not opened again: see footers.py.
 """
 
+import fnmatch
 import logging
 import os
 import re
@@ -95,6 +96,7 @@ def open_sources(sources: list[ObjectInfo], config: InputConfig, output: str) ->
 
     Raises:
         InputError: None has rows, or one is unreadable and `on_bad_shard` is `fail`.
+        StorageError: The store does not give one, and `on_bad_shard` is `skip`.
     """
     known = footers.load(output)
     new = [source for source in sources if source not in known]
@@ -114,6 +116,10 @@ def open_sources(sources: list[ObjectInfo], config: InputConfig, output: str) ->
         if isinstance(opened, InputError):
             if config.on_bad_shard == "fail":
                 raise opened
+            if is_outage(opened):  # else good shards would be left out
+                raise StorageError(
+                    f"input {opened} The file may be sound: run again when the store answers."
+                ) from opened
             skipped.append(str(opened))
         else:
             shards.extend(opened)
@@ -134,7 +140,7 @@ def _list_sources(config: InputConfig, output: str) -> list[ObjectInfo]:
         _refuse_overlap(path, output)
         for entry in _list_path(path):
             if entry.url.startswith(f"{output}/") and not path.startswith(f"{output}/"):
-                _refuse_overlap(output, output)
+                raise _overlap(path, output)
             real = _behind_links(entry.url, output)
             # Of a file and links to it the file itself, else the first by name.
             if real not in found or entry.url == real:
@@ -180,8 +186,9 @@ def _hidden(base: str, url: str) -> bool:
 
     Directories below `base` count too: `_temporary/0/part-0.parquet` is an unfinished job's.
     """
-    fixed, *wild = re.split(r"[*?[]", base)
-    root = fixed.rpartition("/")[0] if wild else base
+    root = base
+    if listing.is_glob(base):
+        root = re.split(r"[*?[]", base)[0].rpartition("/")[0]
     return any(n.startswith(("_", ".")) for n in url.removeprefix(root).strip("/").split("/"))
 
 
@@ -195,13 +202,21 @@ def _format(url: str) -> str | None:
 
 
 def _refuse_overlap(path: str, output: str) -> None:
-    base, *wild = re.split(r"[*?[]", path)
-    base = base.rstrip("/") if wild else path
+    base = path
+    if listing.is_glob(path):
+        parts, inside = path.split("/"), output.split("/")
+        if len(inside) >= len(parts) and all(map(fnmatch.fnmatchcase, inside, parts)):
+            raise _overlap(path, output)  # or it will match what comes to lie there
+        base = re.split(r"[*?[]", path)[0].rstrip("/")
     if output == base or output.startswith(base + "/"):
-        raise InputError(
-            f"output {output}: it lies inside the input {path}, so that the next run would take "
-            "its own results for input. Choose an output beside the input."
-        )
+        raise _overlap(path, output)
+
+
+def _overlap(path: str, output: str) -> InputError:
+    return InputError(
+        f"output {output}: it lies inside the input {path}, so that the next run would take "
+        "its own results for input. Choose an output beside the input."
+    )
 
 
 def _behind_links(url: str, output: str) -> str:
@@ -226,8 +241,6 @@ def _read(source: ObjectInfo, output: str) -> list[Footer] | InputError:
             pieces = ingest(source, output)
         return [footers.read_footer(f"{source.url}#{n}", piece) for n, piece in enumerate(pieces)]
     except InputError as err:
-        if is_outage(err):  # else `on_bad_shard: skip` would leave out good shards
-            raise StorageError(f"input {err} Nothing is wrong with it; run again.") from err
         return err
 
 

@@ -103,7 +103,9 @@ def find_columns(
             "Map them, for example: --set input.columns.instruction=question "
             "--set input.columns.response=answer."
         )
-    if foreign := sorted(f for f, n in mapped.items() if n and f not in _FIELDS[layout]):
+    if foreign := sorted(
+        f for f, n in mapped.items() if n is not None and f not in _FIELDS[layout]
+    ):
         raise InputError(
             f"shard {where}: layout {layout} has no field '{foreign[0]}' to map (has: "
             f"{', '.join(_FIELDS[layout])}). Take out input.columns.{foreign[0]}."
@@ -149,7 +151,7 @@ def _check_types(schema: pa.Schema, where: str, columns: Columns) -> None:
             expected = "a list of pairs of strings"
         else:
             keys = ("role", "content") if columns.layout == "messages" else ("from", "value")
-            fits = _is_list_of(kind, keys)
+            fits = pa.types.is_null(kind) or _is_list_of(kind, keys)
             expected = f"a list of structs with {keys[0]} and {keys[1]}"
         if not fits:
             raise InputError(

@@ -6,18 +6,20 @@ not the ones that were planned.
 """
 
 import fnmatch
+import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from fsspec.utils import glob_translate
 
-from pipeline.errors import ChangedError
+from pipeline.errors import ChangedError, InputError
 from pipeline.storage import filesystem, is_local
 from pipeline.storage_faults import reading
 
@@ -45,25 +47,27 @@ class ObjectInfo:
 def list_objects(url: str, *, globs: bool = True) -> list[ObjectInfo]:
     """All files under a directory, matched by a glob, or the one file named; sorted by URL.
 
-    Directories that a glob matches are read as if they were named. Without `globs`, a path is what
-    it says, whatever signs are in it, and so is a local one that is there.
+    Directories that a glob matches are read as if they were named, but a last `*` is files only.
+    Without `globs`, a path is what it says, whatever signs are in it, and so is a local one that is
+    there.
 
     A missing directory lists as empty only where the store has no directories to miss; elsewhere
     it raises InputError, and so does a directory that cannot be listed.
     """
     fs, path = filesystem(url)
     local = is_local(url)
-    below = _files_below if local else lambda fs, folder: fs.find(folder, detail=True)
+    below = _files_below if local else partial(fs.find, detail=True)
     with reading(url, "listed"):
         fs.invalidate_cache()
-        if globs and any(sign in path for sign in "*?[") and not (local and os.path.lexists(path)):
-            found = dict(_matches(path) if local else fs.glob(path, detail=True))
-            for name in [name for name, info in found.items() if info["type"] == "directory"]:
-                found |= {} if "**" in path else below(fs, name)
+        if globs and is_glob(url):
+            found = dict(_infos(_matches(path)) if local else fs.glob(path, detail=True))
+            if path.rpartition("/")[2] != "*" and "**" not in path:
+                for name in [n for n, info in found.items() if info["type"] == "directory"]:
+                    found |= below(name)
         elif (info := fs.info(path))["type"] == "file":  # isfile would take an error for a no
             found = {path: info}
         else:
-            found = dict(below(fs, path))
+            found = dict(below(path))
         for name, info in found.items():
             if info["type"] == "file" and (info.get("size") is None or not _version(info)):
                 found[name] |= fs.info(name)  # listings over HTTP are names only
@@ -82,15 +86,27 @@ def list_objects(url: str, *, globs: bool = True) -> list[ObjectInfo]:
     )
 
 
-def _matches(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def is_glob(url: str) -> bool:
+    """Whether a path has signs of a pattern, and is not simply there under this name."""
+    signs = any(sign in url for sign in "*?[")
+    return signs and not (is_local(url) and os.path.lexists(filesystem(url)[1]))
+
+
+def _matches(pattern: str) -> Iterator[str]:
     """What matches a local glob, also behind links; `**` follows none, or it might never end."""
+    root, *parts = pattern.split("/")
     if "**" not in pattern:
-        root, *parts = pattern.split("/")
-        yield from ((name, _followed(name)) for name in _expanded(f"{root}/", parts))
+        yield from _expanded(f"{root}/", parts)
         return
-    root = re.split(r"[*?[]", pattern)[0].rpartition("/")[0] or "/"
-    matches = re.compile(glob_translate(pattern)).match
-    yield from ((name, _followed(name)) for name, _ in _walk(root) if matches(name))
+    before = list(itertools.takewhile(lambda part: "**" not in part, parts))
+    try:
+        matches = re.compile(glob_translate(pattern)).match
+    except ValueError as err:  # `a**b`
+        raise InputError(f"{pattern}: {err}") from None
+    for folder in _expanded(f"{root}/", before):
+        for name, _ in _walk(folder):
+            if any(matches(str(path)) for path in (name, *PurePosixPath(name).parents)):
+                yield name
 
 
 def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
@@ -99,15 +115,23 @@ def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
         yield folder
         return
     part, *rest = parts
-    names = [part] if not any(sign in part for sign in "*?[") else []
-    if not names and os.path.isdir(folder):
-        names = fnmatch.filter(sorted(os.listdir(folder)), part)
+    names = [part]
+    try:
+        if any(sign in part for sign in "*?["):
+            names = fnmatch.filter(sorted(os.listdir(folder)), part)
+        else:
+            os.lstat(os.path.join(folder, part))
+    except (NotADirectoryError, FileNotFoundError):
+        return
+    except OSError:
+        if _is_overlooked(folder):
+            return
+        raise
     for name in names:
-        if os.path.lexists(path := os.path.join(folder, name)):
-            yield from _expanded(path, rest)
+        yield from _expanded(os.path.join(folder, name), rest)
 
 
-def _files_below(_: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _files_below(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Files at any depth, also in directories that are linked to, none of which is seen twice."""
     folders, known = [folder], set()
     for folder in folders:
@@ -117,30 +141,42 @@ def _files_below(_: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, is_link in _walk(folder):
             if is_link and os.path.isdir(name):
                 folders.append(name)
-            elif not (is_link and _is_hidden(name) and not os.path.exists(name)):  # an editor's
-                yield name, _followed(name)
+            else:
+                yield from _infos([name])
 
 
-def _walk(folder: str) -> Iterator[tuple[str, bool]]:
-    """Files and links below a local folder, and which are links; none is left out for an error."""
+def _walk(top: str) -> Iterator[tuple[str, bool]]:
+    """Files and links below a local folder, in order, and which are links.
+
+    Nothing that would be read is left out for an error.
+    """
 
     def fail(err: OSError) -> None:
-        raise err
+        if err.filename == top or not _is_overlooked(str(err.filename)):
+            raise err
 
-    for root, folders, names in os.walk(folder, onerror=fail):
-        for name in sorted((*folders, *names)):
+    for root, folders, names in os.walk(top, onerror=fail):
+        entries = sorted((*folders, *names))
+        folders.sort()
+        for name in entries:
             path = os.path.join(root, name)
             if (is_link := os.path.islink(path)) or name in names:
                 yield path, is_link
 
 
-def _is_hidden(path: str) -> bool:
-    return os.path.basename(path).startswith((".", "_"))
+def _is_overlooked(path: str) -> bool:
+    """Whether nothing in it is ever read (see inputs.py), or it is what every ext4 disk has."""
+    name = os.path.basename(path.rstrip("/"))
+    return name.startswith((".", "_")) or name == "lost+found"
 
 
-def _followed(name: str) -> dict[str, Any]:
-    with reading(name, "followed"):
-        return dict(filesystem(name)[0].info(name))
+def _infos(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is known of local paths, or of what they are links to."""
+    for name in names:
+        if _is_overlooked(name) and not os.path.exists(name):
+            continue  # an editor's lock is a link that leads nowhere
+        with reading(name, "followed"):
+            yield name, dict(filesystem(name)[0].info(name))
 
 
 def list_names(url: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pipeline.accounting import Audit
 from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows, dealt_rows
 from pipeline.columns import output_schema
 from pipeline.errors import InputError, StorageError
-from pipeline.examples import example_keys
+from pipeline.examples import example_keys, message_keys
 from pipeline.inputs import Corpus
 from pipeline.manifests import Finished
 from pipeline.ranking import Ranking, rank
@@ -69,6 +69,7 @@ def select(
             # Shards without a unit (empty ones, or beyond max_rows) have their say in these.
             "columns": [(field.name, str(field.type)) for field in schema],
             "keys": example_keys(corpus, settings.format),
+            "message_keys": message_keys(corpus) if settings.format == "messages_jsonl" else (),
             **({"skipped_shards": skipped_shards} if skipped_shards else {}),
         }
     )

@@ -31,6 +31,7 @@ from pipeline.ranking import Ranking
 from pipeline.rows import take_rows
 from pipeline.schemas import SMALLEST_FRACTION
 from pipeline.scores import Task, read_columns
+from pipeline.storage_faults import is_outage
 from pipeline.units import Plan, Unit
 
 WRITER_VERSION = 3
@@ -209,8 +210,10 @@ def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.T
         read = take_rows(shard.file, numbers, layout | {field.name for field in fields})
     except ChangedError:
         raise
-    except InputError as err:  # in a column that scoring does not read
-        raise InputError(
+    except InputError as err:
+        if is_outage(err):
+            raise InputError(f"{err} What is scored is kept: run cherry select again.") from err
+        raise InputError(  # in a column that scoring does not read
             f"shard {shard.shard_url}: {err} What is scored is kept: repair the shard, or take it "
             "out of the input, and run cherry select."
         ) from err

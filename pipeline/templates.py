@@ -23,6 +23,7 @@ class TextTemplate:
     `{system}` puts such a message before the instruction, a blank line between."""
     next_turn: str | None = None
     """How a further turn follows a response; None: the template has single turns only."""
+    # Kept out of repr, so that templates of single turns keep their fingerprint.
     next_turn_with_input: str | None = field(default=None, repr=False)
 
 

@@ -174,7 +174,7 @@ def test_a_store_that_does_not_answer_makes_no_shard_a_bad_one(
     store.pipe_file(f"{folder}/in/c.jsonl", b'{"instruction": "a", "output": "b"}\n')
     config = InputConfig(path=f"{folder}/in", on_bad_shard="skip")
     proxy.faults = [Fault(**READ_FAULTS["503"], method="GET", key=name)]
-    with pytest.raises(StorageError, match=rf"{name}.*Nothing is wrong with it; run again"):
+    with pytest.raises(StorageError, match=rf"{name}.*run again when the store answers"):
         inputs.open_corpus(config, f"{folder}/out")
     proxy.faults = []
     assert inputs.open_corpus(config, f"{folder}/out").skipped == ()

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,9 @@ def test_hidden_files_and_folders_are_ignored(
     assert names_of(open_at(folder / "**")) == ["a.parquet"]
 
 
-@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.parquet", "/*/*.parquet"])
+@pytest.mark.parametrize(
+    "pattern", ["", "/**", "/**/*.parquet", "/*/*.parquet", "/[xy]/a.parquet", "/[xy]/**"]
+)
 def test_a_directory_that_cannot_be_listed_is_not_left_out(
     tmp_path: Path,
     open_at: Callable[..., Corpus],
@@ -177,15 +180,7 @@ def test_a_directory_that_cannot_be_listed_is_not_left_out(
     for name in ("x", "y"):
         write_parquet(tmp_path / "in" / name / "a.parquet", [A])
     assert len(open_at(f"{tmp_path}/in{pattern}").shards) == 2
-    for name in ("scandir", "listdir"):
-        right = getattr(os, name)
-
-        def sick(path: Any = ".", right: Any = right) -> Any:
-            if str(path).endswith("in/y"):
-                raise OSError(errno.EIO, "Input/output error", str(path))
-            return right(path)
-
-        monkeypatch.setattr(os, name, sick)
+    make_sick(monkeypatch, "in/y")
     with pytest.raises((InputError, StorageError), match="Input/output error"):
         open_at(f"{tmp_path}/in{pattern}")
 
@@ -197,7 +192,10 @@ def test_directories_that_a_glob_matches_are_read(
     write_parquet(tmp_path / "in/de.parquet", [A])
     write_parquet(tmp_path / "in/en.parquet/part-0.parquet", [B])
     write_parquet(tmp_path / "in/en.parquet/_temporary/part-1.parquet", [B])
-    assert names_of(open_at(tmp_path / "in/*.parquet")) == ["de.parquet", "part-0.parquet"]
+    for pattern in ("*.parquet", "**/*.parquet", "**/??.parquet"):
+        assert names_of(open_at(tmp_path / "in" / pattern)) == ["de.parquet", "part-0.parquet"]
+    with pytest.raises(InputError, match=r"a\*\*b"):
+        open_at(tmp_path / "a**b")
 
 
 def test_a_path_that_is_there_is_no_glob(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
@@ -213,18 +211,105 @@ def test_a_link_that_leads_nowhere_matters_where_it_would_be_read(
 ) -> None:
     write_parquet(tmp_path / "in/a.parquet", [A])
     (tmp_path / "in/.#notes.txt").symlink_to("user@host.1234")  # an editor's lock
-    assert names_of(open_at(tmp_path / "in")) == ["a.parquet"]
+    for path in ("in", "in/*", "in/**", "in/*.parquet"):
+        assert names_of(open_at(tmp_path / path)) == ["a.parquet"]
     (tmp_path / "in/b.parquet").symlink_to("gone.parquet")
     with pytest.raises(InputError, match=r"b\.parquet"):
         open_at(tmp_path / "in")
 
 
-def test_an_output_that_a_glob_matches_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    ("path", "output"),
+    [
+        ("en_*", "en_out"),  # which will match what comes to lie there
+        ("en_*", "en_out/deep"),
+        ("en_[1o]*", "en_out"),
+        ("data [v2]", "data [v2]/out"),  # no glob
+        ("?n_1/**", "en_1/out"),
+    ],
+)
+def test_an_output_that_the_input_will_hold_is_refused(
+    tmp_path: Path, path: str, output: str, there: bool
+) -> None:
     write_parquet(tmp_path / "en_1/a.parquet", [A])
-    write_parquet(tmp_path / "en_out/cherry/b.parquet", [A])
-    config = InputConfig(path=f"{tmp_path}/en_*")
-    with pytest.raises(InputError, match="it lies inside the input"):
-        inputs.open_corpus(config, str(tmp_path / "en_out"))
+    write_parquet(tmp_path / "data [v2]/a.parquet", [A])
+    if there:
+        write_parquet(tmp_path / output / "cherry/b.parquet", [A])
+    with pytest.raises(InputError, match=rf"it lies inside the input .*{re.escape(path)}, so"):
+        inputs.open_corpus(InputConfig(path=f"{tmp_path}/{path}"), str(tmp_path / output))
+
+
+def test_a_hidden_directory_above_brackets_means_nothing(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    write_parquet(tmp_path / "_data [v2]/a.parquet", [A])
+    assert names_of(open_at(tmp_path / "_data [v2]")) == ["a.parquet"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.parquet", "/*/*.parquet", "/x/**"])
+def test_what_is_never_read_need_not_be_readable(
+    tmp_path: Path,
+    open_at: Callable[..., Corpus],
+    monkeypatch: pytest.MonkeyPatch,
+    pattern: str,
+) -> None:
+    write_parquet(tmp_path / "in/x/a.parquet", [A])
+    for name in ("_temporary", "lost+found"):
+        (tmp_path / "in" / name).mkdir()
+    make_sick(monkeypatch, "_temporary", "lost+found")
+    assert names_of(open_at(f"{tmp_path}/in{pattern}")) == ["a.parquet"]
+
+
+def make_sick(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have whatever asks for directories of these names fail as a sick disk does."""
+    for function in ("scandir", "listdir", "lstat"):
+        right = getattr(os, function)
+
+        def sick(path: Any = ".", *rest: Any, right: Any = right, **options: Any) -> Any:
+            if any(f"{name}/" in f"{path}/" for name in names):
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return right(path, *rest, **options)
+
+        monkeypatch.setattr(os, function, sick)
+
+
+def test_of_links_to_one_directory_the_first_by_name_is_taken(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its URL is part of what units are called, on every copy of the disk."""
+    write_parquet(tmp_path / "far/a.parquet", [A])
+    for name in "wxyz":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "link").symlink_to(tmp_path / "far")
+    walk = os.walk
+
+    def backwards(*arguments: Any, **options: Any) -> Any:
+        for root, folders, names in walk(*arguments, **options):
+            folders.sort(reverse=True)
+            yield root, folders, names
+
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(os, "walk", backwards)
+        (shard,) = open_at(tmp_path / "in").shards
+        assert shard.url.endswith("in/w/link/a.parquet")
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_piece_of_chats_may_have_none(
+    tmp_path: Path,
+    open_at: Callable[..., Corpus],
+    monkeypatch: pytest.MonkeyPatch,
+    column: str,
+) -> None:
+    monkeypatch.setattr(ingest, "_INGEST_ROWS", 2)
+    keys = ("role", "content") if column == "messages" else ("from", "value")
+    chat = {column: [dict(zip(keys, ("user", "a"), strict=True))]}
+    text = jsonl(chat, chat) + b"{bad\n" + jsonl({"other": 1})
+    corpus = open_at(write(tmp_path / "in/a.jsonl", text))
+    assert [shard.num_rows for shard in corpus.shards] == [2, 2]
+    assert str(reasons_of(corpus)[2]).startswith("bad_line: line 3")
 
 
 def test_two_spellings_of_a_bucket_overlap() -> None:

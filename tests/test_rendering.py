@@ -421,6 +421,12 @@ def test_tool_call_is_context_where_rendered_and_malformed_where_not() -> None:
     assert render(twice, "chat", chat_template=first_only)[0].reason == "tool_call"
 
 
+@pytest.mark.parametrize("calls", ["text", [1], [{"function": "get"}], [{"function": ["get"]}]])
+def test_calls_of_another_form_are_malformed(calls: object) -> None:
+    row = Sample((Message("user", "a"), Message("assistant", "b", {"tool_calls": calls})))
+    assert render(row, "chat")[0].reason == "tool_call"
+
+
 def test_chat_without_a_template_is_refused() -> None:
     with pytest.raises(ModelError, match="no chat template"):
         Renderer(make_tokenizer(), "chat", 512, True)

@@ -300,6 +300,9 @@ def test_a_column_under_a_name_of_the_format_is_refused(
     corpus = write_and_open(
         tmp_path / "corpus", pa.table({"messages": CHAT[:1], name: ["not the answer"]})
     )
+    named = [[{**message, "name": "x"} for message in CHAT[1]]]
+    both = write_and_open(tmp_path / "named", pa.table({"messages": named, "name": ["y"]}))
+    assert "name" in output_schema(both, wanted(format="messages_jsonl")).names
     if form == "messages_jsonl":  # which has no such key
         assert name in output_schema(corpus, wanted(format=form)).names
         return
