@@ -156,11 +156,12 @@ def _walk(top: str) -> Iterator[tuple[str, bool]]:
             raise err
 
     for root, folders, names in os.walk(top, onerror=fail):
+        files = set(names)
         entries = sorted((*folders, *names))
         folders.sort()
         for name in entries:
             path = os.path.join(root, name)
-            if (is_link := os.path.islink(path)) or name in names:
+            if (is_link := os.path.islink(path)) or name in files:
                 yield path, is_link
 
 
