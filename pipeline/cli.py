@@ -21,6 +21,7 @@ from pipeline import (
     comparison_report,
     config,
     errors,
+    estimate_report,
     following,
     report,
     submitting,
@@ -134,7 +135,7 @@ def plan(
     """Estimate what a run would score and cost; tokenises a sample."""
     _watch(
         lambda settings, _: flow.estimate(settings, score_rows),
-        report.show_estimate, asdict, path, overrides, as_json,
+        estimate_report.show_estimate, asdict, path, overrides, as_json,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.estimate import Estimate
+from pipeline.errors import CherryError
 from pipeline.garbage import Garbage
 from pipeline.manifests import Finished
 from pipeline.phases import Embedded
@@ -35,7 +35,6 @@ from pipeline.units import Plan
 from pipeline.watching import Pace
 
 _SECONDS_BETWEEN_LINES = 10.0
-_ACTORS_SHOWN = (1, 2, 4, 8, 16)
 _GARBAGE_SHOWN = 20
 
 
@@ -124,7 +123,7 @@ class RunProgress:
 def show(result: Result, console: Console) -> None:
     """Print the summary of a run."""
     summary = result.summary
-    console.print(_status_table("Rows", "status", summary.rows_by_status, summary.rows))
+    console.print(status_table("Rows", "status", summary.rows_by_status, summary.rows))
     console.print(_facts(result))
     if result.selection:
         for table in tables(result.selection.manifest):
@@ -142,7 +141,7 @@ def show_experience(found: tuple[Finished, Embedded], console: Console) -> None:
     experience, embedded = found
     manifest = experience.manifest
     counts = manifest["rows_by_status"]
-    console.print(_status_table("Prompts", "status", counts, manifest["rows"]))
+    console.print(status_table("Prompts", "status", counts, manifest["rows"]))
     sizes = sorted(cluster["rows"] for cluster in manifest["clusters"])
     lines = [
         f"{manifest['selected_rows']:,} rows of {len(sizes)} clusters, which have "
@@ -195,51 +194,8 @@ def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
     console.print(Group(*(Text(visible(line)) for line in lines)), soft_wrap=True)
 
 
-def show_estimate(estimate: Estimate, console: Console) -> None:
-    """Print what `cherry plan` found."""
-    left = estimate.rows - estimate.rows_done
-    said = "status, as far as tokenising tells"
-    table = _status_table("Rows to score", said, estimate.rows_by_status, left)
-    lines = [
-        f"{count(estimate.rows, 'row')} in {count(estimate.units_total, 'unit')}; "
-        f"{estimate.rows_done:,} of them in {count(estimate.units_done, 'unit')} are done"
-        + (f", about {n:,} more rows have a score" if (n := estimate.rows_reusable) else "")
-        + (f"; {count(n, 'shard')} cannot be read" if (n := estimate.skipped_shards) else ""),
-        f"about {estimate.tokens:,} tokens to score: {estimate.tokens_conditioned:,} conditioned, "
-        f"{estimate.tokens_direct:,} direct (standard error {100 * estimate.tokens_error:.1f} %, "
-        f"{estimate.sampled_rows:,} rows tokenised)",
-    ]
-    if not left:
-        lines[1:] = ["nothing is left to score"]
-    elif estimate.seconds_per_million_tokens is None or estimate.model_hours is None:
-        lines.append("--score 300 scores as many rows, and says how long all of them take")
-    else:
-        lines.append(
-            f"{estimate.seconds_per_million_tokens:,.1f} s for a million tokens, one model on "
-            f"{estimate.device}; {estimate.scored_rows:,} rows scored, "
-            f"{100 * (estimate.over_one_fraction or 0):.0f} % of them with an IFD of 1 or more"
-        )
-    if not left:
-        console.print(Group(*(Text(line) for line in lines)))
-        return
-    console.print(table, Group("", *(Text(line) for line in lines), ""), sep="\n")
-    if estimate.model_hours is not None:
-        console.print(_durations(estimate.model_hours, estimate.cost))
-
-
-def _durations(model_hours: float, cost: float | None) -> Table:
-    """How long scoring takes several numbers of actors, and what it costs any of them."""
-    unit, time = ("hours", model_hours) if model_hours >= 1 else ("minutes", 60 * model_hours)
-    table = Table(title="Scoring", title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("actors", unit, *(["cost"] if cost is not None else [])):
-        table.add_column(name, justify="right")
-    for actors in _ACTORS_SHOWN:
-        costs = [f"{cost:,.2f}"] if cost is not None else []
-        table.add_row(f"{actors}", f"{time / actors:,.2f}", *costs)
-    return table
-
-
-def _status_table(title: str, status_title: str, counts: dict[str, int], rows: int) -> Table:
+def status_table(title: str, status_title: str, counts: dict[str, int], rows: int) -> Table:
+    """Rows by status, in the order of STATUSES, and their shares."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     table.add_column(status_title)
     table.add_column("rows", justify="right")
@@ -282,7 +238,12 @@ def _samples(plan: Plan, rows: list[tuple[float, int, int]], title: str) -> Tabl
     for ratio, unit_index, row in rows:
         unit = plan.units[unit_index]
         names = [*unit.columns.names.values(), BAD_LINE]
-        sample = next(read_samples(take_rows(unit.file, np.array([row]), names), unit.columns))
+        try:
+            read = take_rows(unit.file, np.array([row]), names)
+        except CherryError as err:  # all is done: what cannot be shown is no failure
+            table.add_row(f"{ratio:.4f}", Text(plain(str(err))))
+            continue
+        sample = next(read_samples(read, unit.columns))
         prompt = " ".join(m.content for m in sample.messages if m.role in ("user", "input"))
         answer = " ".join(m.content for m in sample.messages if m.role == "assistant")
         table.add_row(f"{ratio:.4f}", Text(plain(prompt)), Text(plain(answer)))

@@ -19,10 +19,13 @@ import typer
 import yaml
 from click.testing import Result
 from conftest import REPOSITORY, ROWS, S3, read_parts, write_parquet
+from rich.console import Console
 from typer.testing import CliRunner
 
-from pipeline import __version__, cluster, terminal, texts
+from pipeline import __version__, cluster, report, terminal, texts
 from pipeline.cli import app
+from pipeline.layouts import Columns
+from pipeline.units import Plan, Unit
 
 SUMMARY_KEYS = {
     "rows", "rows_by_status", "units_total", "units_scored", "units_reused", "rows_reused",
@@ -548,3 +551,16 @@ def test_what_a_library_logs_is_text_and_holds_no_secret(monkeypatch: pytest.Mon
     record = logging.LogRecord("ray.data", logging.ERROR, "", 0, quoted, None, None)
     said = terminal._Formatter("%(message)s").format(record)
     assert said == "row \ufffd[31mred\ufffd[0m under $AZURE_STORAGE_KEY"
+
+
+def test_a_row_that_cannot_be_shown_any_more_is_no_failure(tmp_path: Path) -> None:
+    """Everything is written by then."""
+    url = f"{tmp_path}/gone.parquet"
+    columns = Columns("prompt_completion", {"prompt": "prompt", "response": "completion"})
+    unit = Unit("u", url, url, columns, 0, 1, "fp", "fp", 1, "v")
+    table = report._samples(Plan((unit,), "scores", {url: 1}), [(0.5, 0, 0)], "title")
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(table)
+    assert "0.5000" in capture.get()
+    assert "gone.parquet" in capture.get()
