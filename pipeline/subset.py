@@ -214,8 +214,8 @@ def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.T
         if is_outage(err):
             raise InputError(f"{err} What is scored is kept: run cherry select again.") from err
         raise InputError(  # in a column that scoring does not read
-            f"shard {shard.shard_url}: {err} What is scored is kept: repair the shard, or take it "
-            "out of the input, and run cherry select."
+            f"{err} What is scored is kept: repair the shard, or take it out of the input, and run "
+            "cherry select."
         ) from err
     form = job.settings.format
     others = read
