@@ -208,15 +208,12 @@ def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.T
     fields = [field for field in job.schema if field.name not in added.schema.names]
     try:
         read = take_rows(shard.file, numbers, layout | {field.name for field in fields})
-    except ChangedError:
-        raise
-    except InputError as err:
-        if is_outage(err):
-            raise InputError(f"{err} What is scored is kept: run cherry select again.") from err
-        raise InputError(  # in a column that scoring does not read
-            f"{err} What is scored is kept: repair the shard, or take it out of the input, and run "
-            "cherry select."
-        ) from err
+    except InputError as err:  # in a column that scoring does not read, or of a store that is out
+        if isinstance(err, ChangedError):
+            raise
+        fix = "repair the shard, or take it out of the input, and run cherry select."
+        fix = "run cherry select again." if is_outage(err) else fix
+        raise InputError(f"{err} What is scored is kept: {fix}") from err
     form = job.settings.format
     others = read
     if is_example(form):  # the layout's columns become the example itself
