@@ -95,7 +95,9 @@ def test_a_sample_tells_the_tokens_of_a_sorted_corpus(
     config = config_for(many_rows)
     found = run.estimate(config, 0)
     job = plan(check(config, selecting=False))
-    samples = estimate._read(job.plan.units, np.arange(6_000))
+    monkeypatch.setattr(estimate, "_MOST_LENGTHS", 6_000)  # all of them
+    samples, unreadable = estimate._read(job, job.plan.units)
+    assert (len(samples), unreadable) == (6_000, [])
     table = tokenise(np.arange(6_000), samples, job.settings)
     prefix = len(estimate.renderer(job.settings).prefix_ids)
     true = int(estimate._num_tokens(table, prefix).sum())
