@@ -189,7 +189,7 @@ def _hidden(base: str, url: str) -> bool:
     root = base
     if listing.is_glob(base):
         root = re.split(r"[*?[]", base)[0].rpartition("/")[0]
-    return any(n.startswith(("_", ".")) for n in url.removeprefix(root).strip("/").split("/"))
+    return any(map(listing.is_hidden, url.removeprefix(root).strip("/").split("/")))
 
 
 def _format(url: str) -> str | None:

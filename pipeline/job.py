@@ -142,10 +142,10 @@ def _refuse_layouts_apart(corpus: Corpus) -> None:
     read = [shard for shard in corpus.shards if shard.num_rows and shard.columns.names]
     first_with: dict[str, Shard] = {}
     for shard in read:
+        if shard.columns.layout != read[0].columns.layout:
+            raise _apart(shard, read[0])
         for name, column in shard.columns.names.items():
             known = first_with.setdefault(name, shard)
-            if shard.columns.layout != read[0].columns.layout:
-                raise _apart(shard, read[0])
             if known.columns.names[name] != column:
                 raise _apart(shard, known)
 

@@ -86,6 +86,11 @@ def list_objects(url: str, *, globs: bool = True) -> list[ObjectInfo]:
     )
 
 
+def is_hidden(name: str) -> bool:
+    """Whether other tools call their markers and unfinished files so."""
+    return name.startswith((".", "_"))
+
+
 def is_glob(url: str) -> bool:
     """Whether a path has signs of a pattern, and is not simply there under this name."""
     signs = any(sign in url for sign in "*?[")
@@ -109,26 +114,27 @@ def _matches(pattern: str) -> Iterator[str]:
                 yield name
 
 
-def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
-    """Paths below a folder whose components match the parts of a glob."""
+def _expanded(folder: str, parts: list[str], *, named: bool = True) -> Iterator[str]:
+    """Paths below a folder, which is named or was matched, that match the parts of a glob."""
     if not parts:
         yield folder
         return
     part, *rest = parts
     names = [part]
+    is_wild = any(sign in part for sign in "*?[")
     try:
-        if any(sign in part for sign in "*?["):
+        if is_wild:
             names = fnmatch.filter(sorted(os.listdir(folder)), part)
         else:
             os.lstat(os.path.join(folder, part))
     except (NotADirectoryError, FileNotFoundError):
         return
     except OSError:
-        if _is_overlooked(folder):
-            return
-        raise
+        if named or not _is_overlooked(folder):
+            raise
+        return
     for name in names:
-        yield from _expanded(os.path.join(folder, name), rest)
+        yield from _expanded(os.path.join(folder, name), rest, named=not is_wild)
 
 
 def _files_below(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,9 +172,9 @@ def _walk(top: str) -> Iterator[tuple[str, bool]]:
 
 
 def _is_overlooked(path: str) -> bool:
-    """Whether nothing in it is ever read (see inputs.py), or it is what every ext4 disk has."""
+    """Whether nothing in it is read unless it is named, or it is what every ext4 disk has."""
     name = os.path.basename(path.rstrip("/"))
-    return name.startswith((".", "_")) or name == "lost+found"
+    return is_hidden(name) or name == "lost+found"
 
 
 def _infos(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:

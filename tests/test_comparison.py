@@ -8,7 +8,16 @@ import pytest
 from rich.console import Console
 
 from pipeline import comparison_report
-from pipeline.comparison import Comparison, _contents, _distinct, _draw, _tokens, _without
+from pipeline.comparison import (
+    Comparison,
+    _contents,
+    _distinct,
+    _draw,
+    _held_out_sets,
+    _tokens,
+    _without,
+)
+from pipeline.config_training import CompareConfig
 from pipeline.curves import draw_curves
 from pipeline.schemas import EXAMPLES
 
@@ -50,6 +59,15 @@ def test_what_is_held_out_is_nowhere_else() -> None:
     assert ids(_without(table, _contents(examples(4, first_id=99)))) == [0, 2, 7]
     other = examples(4).set_column(2, "is_target", pa.array([[False] * 4], EXAMPLES.types[2]))
     assert ids(_without(table, _contents(other))) == ids(table)  # another loss is asked for
+
+
+def test_held_out_rows_are_not_those_that_ties_prefer() -> None:
+    """Among rows with one score, selecting takes the smallest ids."""
+    table = examples(3, 4, 5, 6)
+    names = [bytes([n]) + bytes(14) + bytes([9 - n]) for n in range(4)]
+    table = table.set_column(0, "sample_id", pa.array(names, pa.binary(16)))
+    held = _held_out_sets(None, CompareConfig(holdout_rows=2), {}, table)["input"]
+    assert sorted(held["sample_id"].to_pylist()) == names[2:]
 
 
 def test_a_comparison_may_have_over_two_billion_tokens() -> None:

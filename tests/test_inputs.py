@@ -261,9 +261,23 @@ def test_what_is_never_read_need_not_be_readable(
     assert names_of(open_at(f"{tmp_path}/in{pattern}")) == ["a.parquet"]
 
 
-def make_sick(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+@pytest.mark.parametrize("path", ["_raw", "_raw/*.parquet", "_raw/**"])
+def test_a_hidden_directory_that_is_named_must_be_readable(
+    tmp_path: Path, open_at: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    write_parquet(tmp_path / "_raw/a.parquet", [A])
+    make_sick(monkeypatch, "_raw", functions=("scandir", "listdir"))  # as without permission
+    with pytest.raises((InputError, StorageError), match="Input/output error"):
+        open_at(tmp_path / path)
+
+
+def make_sick(
+    monkeypatch: pytest.MonkeyPatch,
+    *names: str,
+    functions: tuple[str, ...] = ("scandir", "listdir", "lstat"),
+) -> None:
     """Have whatever asks for directories of these names fail as a sick disk does."""
-    for function in ("scandir", "listdir", "lstat"):
+    for function in functions:
         right = getattr(os, function)
 
         def sick(path: Any = ".", *rest: Any, right: Any = right, **options: Any) -> Any:

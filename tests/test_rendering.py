@@ -260,6 +260,13 @@ def test_generation_prompt_that_is_no_prefix_is_malformed() -> None:
     assert render(alpaca("A", "b"), "chat", chat_template=thinking)[0].reason == "template"
 
 
+def test_an_answer_that_begins_within_the_generation_prompt_is_malformed() -> None:
+    """A part of it is given: what is scored would not be what the model is asked for."""
+    opening = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    thought = alpaca("A", "<think>so</think>b")
+    assert render(thought, "chat", chat_template=opening)[0].reason == "template"
+
+
 # What widely used templates put around messages, and what of it is theirs before an answer.
 _QWEN3 = CHATML.replace(
     "{{ m['content'] }}",

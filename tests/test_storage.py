@@ -155,6 +155,7 @@ def test_list_objects_takes_a_file_a_directory_or_a_glob(tmp_path: Path) -> None
     assert listed(tmp_path) == [("a", 3), ("b", 3), ("deep/c", 3)]
     assert listed(tmp_path / "a") == [("a", 3)]
     assert listed(tmp_path / "*") == [("a", 3), ("b", 3)]
+    assert listed(tmp_path / "dee?") == [("deep/c", 3)]
     assert listed(tmp_path / "**/c") == [("deep/c", 3)]
     assert listed(tmp_path / "nothing-*") == []
 
@@ -287,6 +288,7 @@ def test_s3_lists_files_directories_and_globs(s3_server: S3) -> None:
     assert listed() == ["a", "b", "deep/c"]
     assert listed("a") == ["a"]
     assert listed("*") == ["a", "b"]
+    assert listed("dee?") == ["deep/c"]
     assert listed("**") == ["a", "b", "deep/c"]
     assert sorted(listing.list_names(s3_server.url("listing"))) == ["a", "b"]
     assert listing.list_names(s3_server.url("listing-absent")) == {}

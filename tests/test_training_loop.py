@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 from conftest import longrope, on_a_full_disk, tiny_model
 from safetensors.torch import load_file, save_file
 
+from pipeline import training
 from pipeline.adapters import add_adapters
 from pipeline.batches import count_steps, learning_rate, rows_of_step
 from pipeline.config_training import LoraConfig, TrainConfig
@@ -220,6 +222,23 @@ def test_only_adapters_have_dropout() -> None:
 def test_unknown_modules_of_adapters_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.lora\.targets"):
         add_adapters(tiny_model("Llama"), LoraConfig(targets=["nowhere"]), seed=0)
+
+
+@pytest.mark.parametrize("step", ["_train_here", "_publish_files"])
+def test_the_seed_of_a_training_is_its_adapters(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(_model: object, _config: object, seed: int) -> None:
+        raise Begun(seed)
+
+    files = SimpleNamespace(load=lambda *_: None, load_config=lambda _: SimpleNamespace(dtype=None))
+    monkeypatch.setattr(training, "models", files)
+    monkeypatch.setattr(training, "add_adapters", begin)
+    job = SimpleNamespace(model=None, config=TrainConfig(lora=LoraConfig(), seed=7))
+    arguments = {"_train_here": (torch.device("cpu"), None), "_publish_files": ({},)}[step]
+    with pytest.raises(Begun, match="7"):
+        getattr(training, step)(job, *arguments)
 
 
 def test_adapters_begin_by_the_seed_whatever_came_before() -> None:
