@@ -27,7 +27,7 @@ way until about there."""
 
 _SMALL = 128
 """Stretches of up to this many tokens are multiplied by MKL on CPUs, in float32. Longer ones, for
-which oneDNN is faster, are filled up to multiples of 32, and so are the keys before them: it keeps
+which oneDNN is faster, are filled up to multiples of 32, and so are the keys before them: it makes
 kernels for each shape."""
 
 _MULTIPLE = 32

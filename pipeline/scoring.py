@@ -32,7 +32,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import models
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
-from pipeline.devices import keep_freed_memory
+from pipeline.devices import tune_memory
 from pipeline.embedding import embed_table
 from pipeline.engine import Engine
 from pipeline.errors import CherryError, LostUnitError, ScoringError
@@ -181,7 +181,7 @@ class UnitScorer:
         for ever.
         """
         self._scoring = scoring
-        keep_freed_memory()
+        tune_memory()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The second stage: TOKENS and PART bytes in, PART bytes out."""

@@ -29,7 +29,7 @@ from pipeline.adapters import add_adapters
 from pipeline.batches import count_steps
 from pipeline.cluster import Trainers
 from pipeline.config import ClusterConfig
-from pipeline.devices import keep_freed_memory
+from pipeline.devices import tune_memory
 from pipeline.errors import CherryError, StorageError, TrainingError
 from pipeline.manifests import Finished
 from pipeline.parallel import agreed
@@ -161,7 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
     device = get_device()
     assert isinstance(device, torch.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_memory()
         torch.set_num_threads(jobs[0].threads)
     try:
         for job in jobs:
