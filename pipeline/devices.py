@@ -101,11 +101,16 @@ def tune_memory() -> None:
 
 
 def auto_batch_tokens(
-    device: torch.device, dtype: torch.dtype, config: Any, device_share: float = 1.0
+    device: torch.device,
+    dtype: torch.dtype,
+    config: Any,
+    weights_bytes: int,
+    device_share: float = 1.0,
 ) -> int:
     """Tokens of a pack, from the kind of device and the model's shape, never from timing.
 
-    CPU: 4,096. CUDA: what fits a third of the memory that `device_share` of it is, at most 65,536.
+    CPU: 4,096. CUDA: 2,048 to 65,536, as many as fit a third of the memory that `device_share` of
+    it is, and half of what the weights leave of that.
     """
     if device.type != "cuda":
         return 4096
@@ -115,8 +120,9 @@ def auto_batch_tokens(
     # Residual, norms, query, key, value and output, and both halves of a gated MLP; logits are
     # bounded apart (projection.py).
     bytes_per_token = dtype.itemsize * (8 * hidden + 3 * inner)
-    total = torch.cuda.get_device_properties(device).total_memory
-    return int(min(65536, max(2048, device_share * total / 3 / bytes_per_token) // 1024 * 1024))
+    memory = device_share * torch.cuda.get_device_properties(device).total_memory
+    for_packs = min(memory / 3, (memory - weights_bytes) / 2)
+    return int(min(65536, max(2048, for_packs / bytes_per_token) // 1024 * 1024))
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -113,10 +113,12 @@ class Engine:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         config = model.config.get_text_config()
-        self.max_batch_tokens = (
-            auto_batch_tokens(self.device, self.dtype, config, device_share)
-            if max_batch_tokens == "auto" else max_batch_tokens
-        )  # fmt: skip
+        if max_batch_tokens == "auto":
+            weights = sum(p.nbytes for p in model.parameters() if p.device == self.device)
+            max_batch_tokens = auto_batch_tokens(
+                self.device, self.dtype, config, weights, device_share
+            )
+        self.max_batch_tokens = max_batch_tokens
         self._longest_together = longest_together(config)
         self._vocab_size = int(config.vocab_size)
         self._num_embeddings = int(model.get_input_embeddings().num_embeddings)

@@ -279,21 +279,34 @@ def test_padded_batches_stay_within_the_budget_with_their_padding(
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
-def test_the_pack_of_a_gpu_follows_its_memory_the_dtype_and_the_shape(
+def test_the_pack_of_a_gpu_follows_its_memory_the_dtype_the_shape_and_the_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     card = SimpleNamespace(total_memory=16 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
 
-    def tokens(dtype: torch.dtype, inner: int | list[int], share: float = 1.0) -> int:
+    def tokens(
+        dtype: torch.dtype, inner: int | list[int], share: float = 1.0, weights: int = 0
+    ) -> int:
         shape = SimpleNamespace(hidden_size=4096, intermediate_size=inner)
-        return auto_batch_tokens(torch.device("cuda"), dtype, shape, share)
+        return auto_batch_tokens(torch.device("cuda"), dtype, shape, weights, share)
 
     assert tokens(torch.bfloat16, 11008) == 42 * 1024
     assert tokens(torch.float32, 11008) == 21 * 1024
     assert tokens(torch.bfloat16, [8192, 11008]) == 42 * 1024  # Gemma 3n has one a layer
     assert tokens(torch.bfloat16, 200) == 65536
     assert tokens(torch.bfloat16, 11008, share=0.5) == 21 * 1024
+    assert tokens(torch.bfloat16, 11008, weights=12 << 30) == 15 * 1024  # half of 4 GiB
+    assert tokens(torch.bfloat16, 11008, share=0.5, weights=6 << 30) == 7 * 1024
+    assert tokens(torch.bfloat16, 11008, weights=20 << 30) == 2048
+
+
+def test_the_weights_are_those_that_lie_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("pipeline.engine.auto_batch_tokens", lambda *given: asked.append(given[3]))
+    model = tiny_model("Llama")
+    Engine(model)
+    assert asked == [4 * sum(p.numel() for p in model.parameters())]
 
 
 def test_a_probe_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
