@@ -21,10 +21,6 @@ _CPU_MULTIPLE = 64
 """Tokens come to a CPU's products in multiples of so many: oneDNN makes kernels for each number of
 them, in milliseconds."""
 
-_SHAPES_KEPT = 256
-"""Shapes of products whose kernels are kept, in two caches that otherwise keep 1,024 each. A pass
-has some dozens of shapes; if it had more than are kept, each layer would make them all anew."""
-
 
 def auto_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and on CPUs that multiply it in hardware, float32 otherwise."""
@@ -82,7 +78,7 @@ def tokens_to_fill_up(num_tokens: int, device: torch.device) -> int:
     return -num_tokens % _CPU_MULTIPLE if device.type == "cpu" else 0
 
 
-def tune_memory() -> None:
+def tune_memory(shapes_kept: int = 128) -> None:
     """Keep a pack's memory for the next pack, in huge pages, and only so many kernels.
 
     glibc otherwise hands it to the system: activations of some megabytes are mapped, zeroed by page
@@ -90,10 +86,14 @@ def tune_memory() -> None:
     tokens/s without and 964 with.
 
     Call it in a process that has multiplied nothing yet: then its variables are read.
+
+    Args:
+        shapes_kept: Of products, whose kernels are kept in either of two caches. A pass of the
+            engine has some dozens; if it had more than are kept, each layer would make them anew.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", str(_SHAPES_KEPT))  # PyTorch's
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES_KEPT))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", str(shapes_kept))  # PyTorch's
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(shapes_kept))
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; musl and macOS have their own ways
         for option, value in _MALLOC_OPTIONS.items():

@@ -125,7 +125,8 @@ class Engine:
         keep_float32_between_layers(model)
         way = find_way(model, max_length, sharing="prefixes" in share, compiled=compiled)
         self.mode: Literal["packed", "padded"] = "packed" if way.packed else "padded"
-        self.share = set(share) if way.sharing else set(share) - {"prefixes"}
+        self._together = way.together
+        self.share = set(share) if way.packed else set(share) - {"prefixes"}
         self.compiled = way.compiled
         self._projection = Projection(model, way.compiled)
 
@@ -213,6 +214,8 @@ class Engine:
 
     def _plan(self, lengths: list[int], prefixes: list[Prefix | None]) -> list[list[int]]:
         budget = self.max_batch_tokens
+        if not self._together:
+            return [[index] for index in range(len(lengths))]
         if self.mode == "padded":  # whole float32 logits of at most 1 GiB
             budget = min(budget, 2**30 // (4 * self._vocab_size))
             return plan_padded(costs(lengths, budget, self._longest_together), budget)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.attention import PACKED
+from pipeline.attention import PACKED, UnsupportedAttentionError
 from pipeline.devices import fast_float32, to_device, tokens_to_fill_up
 from pipeline.packing import Pack
 from pipeline.sharing import TokenIds
@@ -76,7 +76,7 @@ def _filled_up(pack: Pack, ids_T: Tensor, device: torch.device) -> tuple[Pack, T
     if not missing:
         return pack, ids_T
     parents = pack.parents and (*pack.parents, -1)
-    return Pack((*pack.lengths, missing), parents), F.pad(ids_T, (0, missing))
+    return Pack((*pack.lengths, missing), parents, pack.windows), F.pad(ids_T, (0, missing))
 
 
 def run_padded(
@@ -93,10 +93,13 @@ def run_padded(
     Returns:
         Logits of shape (T, V), in the model's dtype, and hidden states of shape (T, M) or None.
     """
-    rows = list(torch.split(ids_T, lengths))
-    ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
-    mask_BL = mask_BL.to(model.device)
+    length_B1 = torch.tensor(lengths).unsqueeze(1)
+    start_B1 = length_B1.cumsum(0) - length_B1
+    column_L = torch.arange(max(lengths))
+    # Filled up with a row's own last token: one without a number in its embedding would reach all.
+    at_BL = start_B1 + torch.minimum(column_L, length_B1 - 1)
+    ids_BL = ids_T[at_BL.to(ids_T.device)].to(model.device)
+    mask_BL = (column_L < length_B1).to(model.device)
     _use_attention(model, "eager")
     with _products(model):
         output = model(
@@ -135,9 +138,17 @@ def longest_together(config: Any) -> int:
 
 
 def _use_attention(model: Any, implementation: str) -> None:
-    asked = model.config._attn_implementation == implementation
     # An architecture that never asks for its attention refuses, and warns each time.
-    if not asked and implementation not in _refused.get(model, ()):
+    if not _uses(model, implementation) and implementation not in _refused.get(model, ()):
         model.set_attn_implementation(implementation)
-        if model.config._attn_implementation != implementation:
+        if not _uses(model, implementation):
             _refused.setdefault(model, set()).add(implementation)
+    # Some mask their own attention by position ids. Masks are added to scores, and a sequence with
+    # a weight of NaN would reach all others of its pack through them.
+    if implementation == PACKED and PACKED in _refused.get(model, ()):
+        raise UnsupportedAttentionError("it has its own attention")
+
+
+def _uses(model: Any, implementation: str) -> bool:
+    """Whether a model's layers, or those of the language model within it, have this attention."""
+    return bool(model.config.get_text_config()._attn_implementation == implementation)

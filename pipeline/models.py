@@ -112,6 +112,8 @@ def load(ref: ModelRef, dtype: torch.dtype, device: torch.device, num_devices: i
         raise ModelError(
             f"model.path {ref.path}: its weights lack {', '.join(sorted(info['missing_keys'])[:5])}"
         )
+    for config in (model.config, model.config.get_text_config()):
+        config.return_dict = True  # files may ask for tuples, which transformers trips over itself
     if num_devices == 1:
         return model.to(device)
     places = {str(parameter.device) for parameter in model.parameters()}

@@ -29,13 +29,15 @@ their keys and values are copied to each, all other activations exist once."""
 
 @dataclass(eq=False)  # frozen, PyTorch 2.11 compiled layers anew for each pack
 class Pack:
-    """Stretches of tokens that lie end to end in one forward pass; never changed."""
+    """Stretches of tokens that lie end to end in one forward pass; none of them is ever changed."""
 
     lengths: tuple[int, ...]
     """Tokens of each stretch."""
     parents: tuple[int, ...] = ()
     """Of each stretch, the one that its sequence begins with, which lies before it and has no
     parent itself; or -1. Empty: all are -1."""
+    windows: set[int | None] = field(default_factory=set, compare=False, repr=False)
+    """Sliding windows that layers have asked of its attention."""
     _on_device: dict[torch.device, "PackTensors"] = field(
         default_factory=dict, compare=False, repr=False
     )

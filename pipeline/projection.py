@@ -51,17 +51,22 @@ class Projection:
         return torch.cat([self._nll(*piece) for piece in pieces])[: len(targets_S)]
 
     def _nll(self, hidden_SM: Tensor, targets_S: Tensor) -> Tensor:
-        total_S = torch.full_like(targets_S, -torch.inf, dtype=torch.float32)
-        picked_S = torch.zeros_like(total_S)
+        # Of the chunk that holds the target, its loss; of all others, their log-sum-exp. The loss
+        # of a token that is all but certain would be lost in the rounding of two large logits.
+        own_S = torch.zeros_like(targets_S, dtype=torch.float32)
+        others_S = torch.full_like(own_S, -torch.inf)
+        picked_S = torch.zeros_like(own_S)
         for begin, logits_SC in self.chunks(hidden_SM):
             inside = (targets_S >= begin) & (targets_S < begin + logits_SC.shape[1])
             local = torch.where(inside, targets_S - begin, 0)
             found = logits_SC.gather(1, local.unsqueeze(1)).squeeze(1)
             picked_S = torch.where(inside, found, picked_S)
-            # The chunk's log-sum-exp; logsumexp itself sweeps the logits several times.
-            chunk_S = F.cross_entropy(logits_SC, local, reduction="none") + found
-            total_S = torch.logaddexp(total_S, chunk_S)
-        return total_S - picked_S
+            # logsumexp itself sweeps the logits several times.
+            loss_S = F.cross_entropy(logits_SC, local, reduction="none")
+            own_S = torch.where(inside, loss_S, own_S)
+            apart_S = torch.where(inside, -torch.inf, loss_S + found)
+            others_S = torch.logaddexp(others_S, apart_S)
+        return torch.logaddexp(own_S, others_S - picked_S)
 
     def chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first vocabulary entry, float32 logits) of each chunk of the vocabulary."""
@@ -113,6 +118,7 @@ def logit_transform(config: Any) -> LogitTransform:
 
     Whatever is not known here shows in the probe.
     """
-    multiply = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    divide = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return LogitTransform(multiply / divide, getattr(config, "final_logit_softcapping", None))
+    multiply = getattr(config, "logit_scale", None)  # Cohere; MPT may have a name there
+    divide = getattr(config, "logits_scaling", None)  # Granite
+    scale = (multiply if isinstance(multiply, float | int) and multiply else 1.0) / (divide or 1.0)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

@@ -13,8 +13,8 @@ from pipeline.schemas import EMBEDDING, PART
 from pipeline.sharing import SHARES, Share
 from pipeline.units import fingerprint
 
-SCORING_VERSION = 3
-EMBEDDING_VERSION = 3
+SCORING_VERSION = 4
+EMBEDDING_VERSION = 4
 
 
 @dataclass(frozen=True)

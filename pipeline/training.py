@@ -161,7 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
     device = get_device()
     assert isinstance(device, torch.device)
     if device.type == "cpu":
-        tune_memory()
+        tune_memory(shapes_kept=1024)  # with the backward pass there are more
         torch.set_num_threads(jobs[0].threads)
     try:
         for job in jobs:

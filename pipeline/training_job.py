@@ -24,7 +24,7 @@ from pipeline.settings import ModelRef
 from pipeline.tokenising import renderer
 from pipeline.units import fingerprint
 
-TRAINING_VERSION = 3
+TRAINING_VERSION = 4
 
 # Where a training runs, how much of it is held at once and how often it is saved: the loss of a
 # step is the same but for rounding.

@@ -52,30 +52,21 @@ def test_a_layer_is_compiled_once_for_all_packs(
     assert len(compiled) == before > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj-own-attention"])
 def test_layers_that_cannot_be_compiled_run_as_they_are_written(
-    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler")
 
     compile_without_a_compiler(monkeypatch, broken)
-    architecture, changes = FAMILIES[family]
-    model = tiny_model(architecture, **changes)
+    model = tiny_model("Llama")
     sequences = sequences_of([40, 3, 25])
     engine = Engine(model)
     assert (engine.mode, engine.compiled) == ("packed", False)
-    assert ("prefixes" in engine.share) == (family == "llama")
+    assert "prefixes" in engine.share
     assert "layers run uncompiled" in caplog.text
     for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
-
-
-def test_what_cannot_be_shared_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_without_a_compiler(monkeypatch, "eager")
-    architecture, changes = FAMILIES["gptj-own-attention"]
-    engine = Engine(tiny_model(architecture, **changes))
-    assert (engine.mode, engine.compiled, engine.share) == ("packed", True, {"equal", "turns"})
 
 
 def test_what_compiled_layers_are_compared_with_is_never_compiled() -> None:

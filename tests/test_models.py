@@ -1,5 +1,6 @@
 """Models: what is found, what identifies it, and a cache that two processes share."""
 
+import json
 import multiprocessing
 import os
 import platform
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, make_tokenizer, tiny_model
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import model_files, models
 from pipeline.config import ModelConfig
+from pipeline.engine import Engine, TokenSequence
 from pipeline.errors import ModelError
 
 
@@ -127,6 +130,21 @@ def test_missing_weights_are_refused_not_made_up(model_dir: Path, tmp_path: Path
     ref = resolve(copy, tmp_path)
     with pytest.raises(ModelError, match=r"weights lack model\.layers\.1\.mlp\.up_proj"):
         models.load(ref, torch.float32, torch.device("cpu"))
+
+
+def test_a_config_that_asks_for_tuples_gives_the_same_losses(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    found = []
+    for path in (model_dir, copy):
+        loaded = models.load(resolve(path, tmp_path), torch.float32, torch.device("cpu"))
+        sequence = TokenSequence(np.arange(20, dtype=np.int32), ((1, 20),))
+        found += Engine(loaded).score([sequence])
+    assert found[0] == found[1]
+    assert found[0].error is None
 
 
 def test_a_model_that_its_gpus_cannot_hold_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -35,6 +35,21 @@ def test_tiles_of_the_vocabulary_do_not_change_the_loss(monkeypatch: pytest.Monk
         assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
 
 
+def test_the_loss_of_what_is_all_but_certain_keeps_its_digits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Float32 knows logits of 20 to a millionth or two, and such losses are a thousandth."""
+    monkeypatch.setitem(projection._TILES, "cpu", (64, 100))
+    model = tiny_model("Llama")
+    weight, targets = model.lm_head.weight.detach(), torch.arange(600)
+    hidden = 20 * weight[targets] / weight[targets].square().sum(1, keepdim=True)
+    exact = hidden.double() @ weight.double().T
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    assert 1e-4 < float(expected.median()) < 1e-2
+    found = projection.Projection(model).nll(hidden, targets).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-7)
+
+
 @pytest.mark.parametrize(
     ("states", "depth", "vocabulary", "biased", "transform"),
     [

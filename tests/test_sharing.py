@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import FAMILIES, UNPACKABLE, oracle
+from test_engine import FAMILIES, RUNNING_ON, UNPACKABLE, oracle
 from transformers import AttentionInterface
 
 from pipeline import sharing
@@ -88,9 +88,9 @@ def test_long_tails_go_through_the_fused_kernel_and_equal_eager(changes: dict[st
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", UNPACKABLE)
+@pytest.mark.parametrize("family", [*UNPACKABLE, *RUNNING_ON])
 def test_what_cannot_be_packed_shares_no_prefix(family: str) -> None:
-    architecture, changes = UNPACKABLE[family]
+    architecture, changes = {**UNPACKABLE, **RUNNING_ON}[family]
     engine = Engine(tiny_model(architecture, **changes), 128)
     assert "prefixes" not in engine.share
     sequences = continuing([4, 9])
@@ -158,7 +158,7 @@ def test_a_scored_token_of_a_prefix_meets_the_vocabulary_once(
     assert sum(projected) == HEAD - 1 + 20 * 5 + 22 + 4
 
 
-def test_an_architecture_that_gets_prefixes_wrong_is_packed_without(
+def test_an_architecture_that_gets_prefixes_wrong_is_not_packed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def forgetful(*args: object, **kwargs: object) -> object:
@@ -169,8 +169,8 @@ def test_an_architecture_that_gets_prefixes_wrong_is_packed_without(
 
     monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, forgetful)
     engine = Engine(tiny_model("Llama"))
-    assert (engine.mode, engine.share) == ("packed", {"equal", "turns"})
-    assert "prefixes are not shared" in caplog.text
+    assert (engine.mode, engine.share) == ("padded", {"equal", "turns"})
+    assert "scoring in padded batches instead" in caplog.text
 
 
 # --- what is found
