@@ -7,8 +7,8 @@ memory: without it, or with a part of another version, the part is read again.
 """
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from pipeline import listing, storage
-from pipeline.errors import AccountingError, InputError
+from pipeline import listing, memories, storage
+from pipeline.errors import AccountingError
 from pipeline.schemas import FAILED_STATUSES, LEDGER, STATUSES
 from pipeline.units import Plan
 
@@ -133,12 +133,12 @@ def _check_shards(plan: Plan, audited: Audit) -> None:
 def _read_parts(parts: list[tuple[str, str, str, int, int]]) -> dict[str, Entry]:
     contents = storage.read_many(url for _, _, url, _, _ in parts)
     return {
-        unit_id: _check_part(data, version, url, start, stop)
+        unit_id: _check_part(data, unit_id, version, url, start, stop)
         for data, (unit_id, version, url, start, stop) in zip(contents, parts, strict=True)
     }
 
 
-def _check_part(data: bytes, version: str, url: str, start: int, stop: int) -> Entry:
+def _check_part(data: bytes, unit_id: str, version: str, url: str, start: int, stop: int) -> Entry:
     try:
         # All of it: every page has a checksum, which nobody else looks at.
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
@@ -146,6 +146,13 @@ def _check_part(data: bytes, version: str, url: str, start: int, stop: int) -> E
         raise AccountingError(
             f"part {url}: not readable as Parquet: {err}. Delete the part and run again."
         ) from None
+    its = json.loads((table.schema.metadata or {}).get(b"cherry.unit", "{}"))
+    if its and its["unit_id"] != unit_id:
+        raise AccountingError(
+            f"part {url}: got the part of rows {its['start']} to {its['stop'] - 1} of shard "
+            f"{its['shard_url']}, expected rows {start} to {stop - 1} of its own. Delete the part "
+            "and run again."
+        )
     if not np.array_equal(table["row_index"].to_numpy(), np.arange(start, stop)):
         raise AccountingError(
             f"part {url}: got {len(table)} rows, expected rows {start} to {stop - 1} of its "
@@ -161,25 +168,18 @@ def _ledger_url(plan: Plan) -> str:
 
 
 def _read_ledger(plan: Plan) -> dict[str, Entry]:
-    try:
-        data = storage.read_bytes(_ledger_url(plan))
-        rows = pq.read_table(pa.BufferReader(data), schema=LEDGER).to_pylist()
-    except (InputError, pa.ArrowException, OSError):
-        return {}  # none yet, or another version's: the parts are read again
     return {
         row["unit_id"]: Entry(
             row["version"], row["sha256"], {s: row[s] for s in sorted(STATUSES) if row[s]}
         )
-        for row in rows
+        for row in memories.recall(_ledger_url(plan), LEDGER)
     }
 
 
 def _write_ledger(plan: Plan, entries: dict[str, Entry]) -> None:
-    rows: Iterable[dict[str, object]] = (
+    rows = [
         {"unit_id": i, "version": e.version, "sha256": e.sha256}
         | {status: e.rows_by_status.get(status, 0) for status in STATUSES}
         for i, e in sorted(entries.items())
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=LEDGER), sink, compression="zstd")
-    storage.replace(_ledger_url(plan), sink.getvalue().to_pybytes())
+    ]
+    memories.remember(_ledger_url(plan), rows, LEDGER)

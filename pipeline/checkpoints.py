@@ -5,6 +5,8 @@ another number of them. Two are kept.
 """
 
 import io
+import re
+import zipfile
 from pickle import UnpicklingError
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from pipeline import listing, storage
-from pipeline.errors import StorageError
+from pipeline.errors import TrainingError
 from pipeline.parallel import agreed, rank, world_size
 
 _KEPT = 2
@@ -49,10 +51,20 @@ def load_latest(url: str, model: Any, optimizer: Optimizer) -> tuple[int, list[d
 
     Returns:
         Steps that are done, and what was noted of them.
+
+    Raises:
+        TrainingError: It is damaged.
     """
-    # One worker reads it: eight copies of a whole state would not fit a node.
-    state = _read(url) if not rank() else {"model": {}, "optimizer": {}}
-    step, history = agreed((state.get("step", 0), state.get("history", [])))
+    state: dict[str, Any] = {"model": {}, "optimizer": {}}
+    damaged = ""
+    if not rank():  # eight copies of a whole state would not fit a node
+        try:
+            state = _read(url)
+        except TrainingError as err:
+            damaged = str(err)
+    step, history, damaged = agreed((state.get("step", 0), state.get("history", []), damaged))
+    if damaged:
+        raise TrainingError(damaged)
     if not step:
         return 0, []
     options = StateDictOptions(
@@ -70,11 +82,18 @@ def _read(url: str) -> dict[str, Any]:
     if not step:
         return {}
     name = storage.join(url, f"step-{step:08d}.pt")
-    data = storage.read_bytes(name)
+    data = io.BytesIO(storage.read_bytes(name))
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, UnpicklingError) as err:
-        raise StorageError(f"{name}: not a readable checkpoint. Delete it.") from err
+        # PyTorch writes a checksum of each tensor, and does not look at it.
+        if damaged := zipfile.ZipFile(data).testzip():
+            raise zipfile.BadZipFile(damaged)
+        data.seek(0)
+        state: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, UnpicklingError, zipfile.BadZipFile) as err:
+        raise TrainingError(
+            f"{name}: not a readable checkpoint. Delete it and run again, to go on from the one "
+            "before."
+        ) from err
     return state
 
 
@@ -99,5 +118,5 @@ def _write(state: Any, path: str) -> None:
 
 
 def _steps(url: str) -> list[int]:
-    names = listing.list_names(url)
-    return [int(n[5:13]) for n in names if n.startswith("step-") and n.endswith(".pt")]
+    found = map(re.compile(r"step-(\d{8})\.pt").fullmatch, listing.list_names(url))
+    return [int(match[1]) for match in found if match]

@@ -8,10 +8,8 @@ whose version differs is read again, and without the file all are.
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import listing, storage
-from pipeline.errors import InputError
+from pipeline import listing, memories, storage
 from pipeline.ingest import INGEST_VERSION
 from pipeline.listing import ObjectInfo
 
@@ -25,11 +23,9 @@ _SCHEMA = pa.schema(
         ("schema", pa.binary()),  # Arrow IPC
         ("row_groups", pa.list_(pa.int64())),
         ("column_bytes", pa.map_(pa.string(), pa.int64())),
-    ]
+    ],
+    {"cherry.ingest_version": str(INGEST_VERSION)},  # of another one, pieces are to be made anew
 )
-
-
-_VERSION_KEY = b"cherry.ingest_version"
 
 
 @dataclass(frozen=True)
@@ -70,15 +66,7 @@ def read_footer(url: str, read_url: str) -> Footer:
 
 def load(output: str) -> Known:
     """What earlier runs have read; empty where there is nothing."""
-    try:
-        data = storage.read_bytes(_url(output))
-        table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
-        said = pq.read_schema(pa.BufferReader(data)).metadata or {}
-    except (InputError, pa.ArrowException, OSError):
-        return {}  # none yet, or another version's
-    if said.get(_VERSION_KEY) != str(INGEST_VERSION).encode():
-        return {}  # pieces of JSON are to be made anew
-    rows = table.to_pylist()
+    rows = memories.recall(_url(output), _SCHEMA)
     pieces = {row["read_url"] for row in rows if row["read_url"] != row["url"]}
     if pieces and not pieces <= _pieces_there(output):
         rows = [row for row in rows if row["read_url"] == row["url"]]  # somebody cleaned up
@@ -115,10 +103,7 @@ def save(output: str, known: Known) -> None:
         for source, footers in sorted(known.items(), key=lambda item: item[0].url)
         for footer in footers
     ]
-    sink = pa.BufferOutputStream()
-    schema = _SCHEMA.with_metadata({_VERSION_KEY: str(INGEST_VERSION)})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
-    storage.replace(_url(output), sink.getvalue().to_pybytes())
+    memories.remember(_url(output), rows, _SCHEMA)
 
 
 def _pieces_there(output: str) -> set[str]:

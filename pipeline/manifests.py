@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
+from pipeline.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def find(url: str) -> Finished | None:
     """The result in a directory, if it is done."""
     if not storage.exists(_manifest_url(url)):
         return None
-    return Finished(url, json.loads(storage.read_bytes(_manifest_url(url))))
+    return _finished(url, storage.read_bytes(_manifest_url(url)))
 
 
 def finish(url: str, manifest: dict[str, Any]) -> Finished:
@@ -38,7 +39,20 @@ def finish(url: str, manifest: dict[str, Any]) -> Finished:
     data = json.dumps(manifest, indent=1).encode()
     if not storage.publish(_manifest_url(url), data):
         data = storage.read_bytes(_manifest_url(url))
-    return Finished(url, json.loads(data))
+    return _finished(url, data)
+
+
+def _finished(url: str, data: bytes) -> Finished:
+    try:
+        manifest = json.loads(data)
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise StorageError(
+            f"{_manifest_url(url)}: it is damaged: got {len(data):,} bytes, expected one JSON "
+            "object. Delete it and run again."
+        )
+    return Finished(url, manifest)
 
 
 def _manifest_url(url: str) -> str:

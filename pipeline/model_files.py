@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -138,14 +138,16 @@ def _file_sha256(path: str, cache_dir: str) -> str:
     seen = f"{path}:{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
     key = hashlib.sha256(seen.encode()).hexdigest()
     memo = Path(cache_dir, "hashes", key)
-    if memo.is_file() and len(known := memo.read_text()) == 64:
-        return known
+    with suppress(OSError):
+        if len(known := memo.read_text()) == 64:
+            return known
     with open(path, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    temporary = memo.with_suffix(f".{uuid.uuid4().hex}.tmp")  # containers may share pids
-    temporary.write_text(digest)
-    temporary.replace(memo)
+    with suppress(OSError):  # no room for it, or no right to write: it is hashed again
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo.with_suffix(f".{uuid.uuid4().hex}.tmp")  # containers may share pids
+        temporary.write_text(digest)
+        temporary.replace(memo)
     return digest
 
 
@@ -204,8 +206,7 @@ def _once(cache_dir: str, name: str, make: Callable[[str], None]) -> str:
     Its files' hashes are recorded; a directory that no longer has them is made again.
     """
     final = Path(cache_dir, "models", name)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(final.with_suffix(".lock")):
+    with _writing_cache(cache_dir), _locked(final.with_suffix(".lock")):
         if final.is_dir() and not _intact(final, cache_dir):
             log.warning("%s: damaged in the cache, made again", final)
             shutil.rmtree(final)
@@ -232,7 +233,19 @@ def _intact(directory: Path, cache_dir: str) -> bool:
 
 
 @contextmanager
+def _writing_cache(cache_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise ModelError(
+            f"model.cache_dir {cache_dir}: it cannot be written on node {platform.node()}: {err}. "
+            "Make room there, or name another directory."
+        ) from err
+
+
+@contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)  # released by the system if the process dies
         yield

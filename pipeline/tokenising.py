@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import models, reuse, storage
+from pipeline import listing, models, reuse, storage
 from pipeline.errors import (
     ChangedError,
     CherryError,
@@ -56,7 +56,7 @@ def read(unit: Unit, tables: Iterator[pa.Table] | None = None) -> list[Sample]:
         StorageError: The store does not give it, or another one in its place.
     """
     try:
-        return list(read_samples(next(tables or read_units([unit])), unit.columns))
+        return _samples(unit, tables or read_units([unit]))
     except ChangedError as err:  # the shard is good, and must not be left out
         raise StorageError(f"shard {unit.shard_url}: {err} What is scored is kept.") from err
     except (InputError, pa.ArrowException, OSError) as err:
@@ -65,6 +65,15 @@ def read(unit: Unit, tables: Iterator[pa.Table] | None = None) -> list[Sample]:
                 f"shard {unit.shard_url}: {err} What is scored is kept; run again."
             ) from err
         raise ShardError(f"shard {unit.shard_url}: {err}") from err
+
+
+def _samples(unit: Unit, tables: Iterator[pa.Table]) -> list[Sample]:
+    try:
+        return list(read_samples(next(tables), unit.columns))
+    except (InputError, pa.ArrowException, OSError) as err:
+        if unit.version and not is_outage(err):
+            listing.refuse_changed(unit.file)  # one that is being written over is no bad one
+        raise
 
 
 def prepare(

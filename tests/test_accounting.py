@@ -75,6 +75,18 @@ def test_a_part_without_exactly_its_rows_is_named(
     assert "Delete the part and run again" in str(caught.value)
 
 
+def test_the_part_of_another_unit_is_named(ray_local: None, plan: Plan) -> None:
+    """Of as many rows with the same numbers, in another shard."""
+    one, other = plan.units[0], next(u for u in plan.units[1:] if not u.start)
+    table = pq.read_table(plan.part_url(other), schema=PART)
+    labelled = table.replace_schema_metadata({"cherry.unit": other.to_json()})
+    Path(plan.part_url(other)).write_bytes(to_parquet(labelled))
+    audit(plan)
+    Path(plan.part_url(one)).write_bytes(to_parquet(labelled))
+    with pytest.raises(AccountingError, match=f"{one.unit_id}.*got the part of rows 0 to 4 of"):
+        audit(plan)
+
+
 def test_a_truncated_part_never_counts(ray_local: None, plan: Plan) -> None:
     audit(plan)  # the ledger knows it whole
     path = Path(plan.part_url(plan.units[2]))
@@ -143,6 +155,10 @@ def test_the_ledger_is_only_a_memory(ray_local: None, plan: Plan, tmp_path: Path
     first = audit(plan)
     ledger = tmp_path / "out/ledger/fp.parquet"
     assert ledger.is_file()
+    whole = ledger.read_bytes()
+    for at in range(4, len(whole), max(1, len(whole) // 40)):  # a flipped bit, wherever it is
+        ledger.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert accounting._read_ledger(plan) in ({}, first.entries)
     ledger.write_bytes(b"not Parquet")
     assert audit(plan) == first
     assert pq.read_table(ledger).num_rows == len(plan.units)

@@ -407,7 +407,7 @@ def test_a_store_that_is_down_is_told_from_a_shard_that_is_bad(
     """Else `input.on_bad_shard: skip` would leave out good shards."""
     fill(store, folder)
     url = f"{folder}/table.parquet"
-    unit: Any = SimpleNamespace(shard_url=url, columns=None)
+    unit: Any = SimpleNamespace(shard_url=url, columns=None, version="")
 
     def tables(units: list[Any]) -> Iterator[Any]:
         yield read_parquet(url)

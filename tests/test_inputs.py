@@ -850,8 +850,9 @@ def test_another_version_of_the_ingest_makes_the_pieces_anew(
     first = open_at(source)
     inputs.remember_footers(first, str(tmp_path / "out"))
     assert not open_at(source).footers  # nothing is new
-    for module in (ingest, footers):
-        monkeypatch.setattr(module, "INGEST_VERSION", 99)
+    monkeypatch.setattr(ingest, "INGEST_VERSION", 99)
+    newer = footers._SCHEMA.with_metadata({"cherry.ingest_version": "99"})
+    monkeypatch.setattr(footers, "_SCHEMA", newer)
     again = open_at(source)
     assert again.shards[0].read_url != first.shards[0].read_url
 

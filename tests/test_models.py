@@ -94,6 +94,23 @@ def test_what_lies_below_a_models_url_is_another_model(
     assert found.read_bytes() == (model_dir / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["absent", "a file"])
+def test_a_cache_that_cannot_be_written_is_named_or_done_without(
+    kind: str, model_dir: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    cache = Path("/proc/absent") if kind == "absent" else tmp_path / "file"
+    if kind == "a file":
+        cache.touch()
+    expected = resolve(model_dir, tmp_path / "good").fingerprint
+    assert resolve(model_dir, cache).fingerprint == expected  # only remembered there
+    fs = fsspec.filesystem("memory")
+    request.addfinalizer(lambda: fs.rm("/models", recursive=True))
+    fs.put(f"{model_dir}/", "/models/m/", recursive=True)
+    ref = model_files.resolve(ModelConfig(path="memory://models/m", cache_dir=str(cache)))
+    with pytest.raises(ModelError, match=f"model.cache_dir {cache}: it cannot be written on node"):
+        model_files.local_directory(ref)
+
+
 @pytest.mark.parametrize("kind", ["directory", "gguf"])
 def test_a_node_without_the_model_is_named(kind: Any, tmp_path: Path) -> None:
     ref = model_files.ModelRef(str(tmp_path / "absent"), kind, "sha256:00", str(tmp_path))

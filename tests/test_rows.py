@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from pipeline import listing, tokenising
 from pipeline import rows as rows_module
+from pipeline.config import InputConfig
 from pipeline.errors import ChangedError, InputError, StorageError
+from pipeline.inputs import open_corpus
 from pipeline.layouts import Columns
 from pipeline.listing import ObjectInfo
 from pipeline.rows import plan_reads, read_units, take_rows
-from pipeline.units import Unit
+from pipeline.units import Unit, make_plan
 
 NUM_ROWS = 50
 COLUMNS = Columns("prompt_completion", {"prompt": "n"})
@@ -143,3 +145,16 @@ def test_a_tensor_in_another_order_is_taken(tmp_path: Path) -> None:
     file = listing.list_objects(str(tmp_path / "shard.parquet"))[0]
     found = take_rows(file, np.array([0, 2]), {"n"})["n"].combine_chunks()
     np.testing.assert_array_equal(found.to_numpy_ndarray(), values[[0, 2]])
+
+
+def test_a_shard_that_is_being_written_over_is_no_bad_one(tmp_path: Path) -> None:
+    """Half of its new bytes are there, which nothing can read, and `skip` would leave it out."""
+    shard = tmp_path / "in" / "a.parquet"
+    shard.parent.mkdir()
+    pq.write_table(pa.table({"instruction": ["a"] * 99, "output": ["b"] * 99}), shard)
+    output = str(tmp_path / "out")
+    corpus = open_corpus(InputConfig(path=str(shard)), output)
+    (unit,) = make_plan(corpus, output, "fp", 100, 1, None).units
+    shard.write_bytes(shard.read_bytes()[:500])
+    with pytest.raises(StorageError, match="overwritten while it was in use"):
+        tokenising.read(unit)

@@ -714,6 +714,16 @@ def test_a_selection_whose_parts_were_deleted_is_written_again(
 
 
 @ray
+@pytest.mark.parametrize("damaged", [b"", b'{"parts": [', b"[]", b"7"])
+def test_a_damaged_manifest_is_named(ray_local: None, tmp_path: Path, damaged: bytes) -> None:
+    plan, corpus = scored(tmp_path, [[row(n / 20, n) for n in range(12)]])
+    found, _ = select_into(tmp_path, plan, corpus, count=3)
+    Path(found.manifest_url).write_bytes(damaged)
+    with pytest.raises(StorageError, match=f"{found.manifest_url}: it is damaged.*Delete it"):
+        select_into(tmp_path, plan, corpus, count=3)
+
+
+@ray
 def test_manifest_comes_last(ray_local: None, tmp_path: Path) -> None:
     # The second shard is gone when its rows are read: no manifest, and LATEST.json stays.
     plan, corpus = scored(tmp_path, [[row(n / 20, n) for n in range(12)], [row(0.9, 99)]])

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,9 +168,21 @@ def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     torch.load(os.path.join(url, "step-00000004.pt"), weights_only=True)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    (tmp_path / "step-00000002.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(StorageError, match=r"step-00000002\.pt: not a readable checkpoint"):
+@pytest.mark.parametrize("damage", ["no checkpoint", "hello world" * 100, "a flipped bit"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(url=str(tmp_path), stop_after=3)
+    newest = tmp_path / "step-00000002.pt"
+    data = damage.encode()
+    if damage == "a flipped bit":
+        with zipfile.ZipFile(newest) as archive:  # of a weight, in the middle of the largest record
+            record = max(archive.infolist(), key=lambda info: info.file_size)
+        at = record.header_offset + record.file_size // 2
+        whole = newest.read_bytes()
+        data = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    newest.write_bytes(data)
+    (tmp_path / "step-of-somebody-else.pt").touch()
+    with pytest.raises(TrainingError, match=r"step-00000002\.pt: not a readable checkpoint"):
         run(url=str(tmp_path))
 
 
