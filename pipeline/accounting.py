@@ -150,8 +150,7 @@ def _check_part(data: bytes, unit_id: str, version: str, url: str, start: int, s
     if its and its["unit_id"] != unit_id:
         raise AccountingError(
             f"part {url}: got the part of rows {its['start']} to {its['stop'] - 1} of shard "
-            f"{its['shard_url']}, expected rows {start} to {stop - 1} of its own. Delete the part "
-            "and run again."
+            f"{its['shard_url']}, expected that of unit {unit_id}. Delete the part and run again."
         )
     if not np.array_equal(table["row_index"].to_numpy(), np.arange(start, stop)):
         raise AccountingError(

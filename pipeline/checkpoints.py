@@ -7,7 +7,6 @@ another number of them. Two are kept.
 import io
 import re
 import zipfile
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from pipeline import listing, storage
-from pipeline.errors import TrainingError
+from pipeline.errors import CherryError, TrainingError
 from pipeline.parallel import agreed, rank, world_size
 
 _KEPT = 2
@@ -53,14 +52,14 @@ def load_latest(url: str, model: Any, optimizer: Optimizer) -> tuple[int, list[d
         Steps that are done, and what was noted of them.
 
     Raises:
-        TrainingError: It is damaged.
+        TrainingError: It is damaged, or cannot be read.
     """
     state: dict[str, Any] = {"model": {}, "optimizer": {}}
     damaged = ""
     if not rank():  # eight copies of a whole state would not fit a node
         try:
             state = _read(url)
-        except TrainingError as err:
+        except CherryError as err:
             damaged = str(err)
     step, history, damaged = agreed((state.get("step", 0), state.get("history", []), damaged))
     if damaged:
@@ -89,7 +88,7 @@ def _read(url: str) -> dict[str, Any]:
             raise zipfile.BadZipFile(damaged)
         data.seek(0)
         state: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, UnpicklingError, zipfile.BadZipFile) as err:
+    except Exception as err:  # zipfile and pickle have many
         raise TrainingError(
             f"{name}: not a readable checkpoint. Delete it and run again, to go on from the one "
             "before."

@@ -102,6 +102,7 @@ def _refuse_taken(corpus: Corpus, form: Format) -> None:
 
 def _check_group_by(name: str, shards: list[Shard]) -> None:
     columns = dict.fromkeys(column.name for shard in shards for column in shard.schema)
+    columns.pop(BAD_LINE, None)
     if name not in columns:
         near = difflib.get_close_matches(name, columns, n=1)
         hint = f"Did you mean '{near[0]}'?" if near else "Name one of these, or null."

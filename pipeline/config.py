@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config_base import ColumnField, Layout, Section
-from pipeline.config_faults import carries_credentials, describe
+from pipeline.config_faults import describe, fault_of_url
 from pipeline.config_select import Ratio, SelectConfig
 from pipeline.config_training import CompareConfig, ExperienceConfig, TrainConfig
 from pipeline.errors import ConfigError
@@ -183,14 +183,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_secrets_in_urls(self) -> "Config":
-        held_out = [each.path for each in self.compare.evaluate] if self.compare else []
-        for url in [*self.input.paths, self.output, self.model.path, *held_out]:
-            if carries_credentials(url):
-                raise ValueError(
-                    "a URL carries credentials. Only references travel: take them out and set "
-                    "them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
-                )
+    def _urls_are_sound(self) -> "Config":
+        urls = {
+            "input.path": self.input.paths,
+            "output": [self.output],
+            "model.path": [self.model.path],
+            "compare.evaluate": [e.path for e in self.compare.evaluate] if self.compare else [],
+        }
+        for key, given in urls.items():
+            for fault in filter(None, map(fault_of_url, given)):
+                raise ValueError(f"key '{key}': {fault}")
         return self
 
     @property
@@ -277,6 +279,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: '{name}' holds a value, not a section.")
         node = child
     try:
+        _refuse_twice(yaml.compose(value, yaml.SafeLoader), set())
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as err:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {err}") from None

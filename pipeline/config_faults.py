@@ -17,6 +17,24 @@ def carries_credentials(text: str) -> bool:
     return bool(_CREDENTIALS.search(text) or _SIGNED.search(text))
 
 
+_MISTYPED = re.compile(
+    r"[a-z][a-z0-9+.]+:(/(?!/)|/*$)|(s3a?|gc?s|az|abfss?|hdfs|https?):///", re.IGNORECASE
+)
+"""fsspec takes `s3:/bucket/x` for a local path, and `s3://`: what `s3://$BUCKET` may come to."""
+
+
+def fault_of_url(url: str) -> str | None:
+    """What is wrong with a URL or path, to the eye."""
+    if carries_credentials(url):
+        return (
+            "a URL carries credentials. Only references travel: take them out and set them in the "
+            "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
+        )
+    if _MISTYPED.match(url):
+        return f"got {url}, expected a path, or a URL such as s3://BUCKET/KEY"
+    return None
+
+
 _EXPECTED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(("decimal_type", "decimal_parsing", "float_type", "float_parsing"), "a number"),
@@ -84,6 +102,8 @@ def _describe(key: str, faults: list[dict[str, Any]], model: type[BaseModel]) ->
     if first["type"] not in _EXPECTED:  # said by our own validators
         said = str(first["msg"]).removeprefix("Value error, ")
         said = said[:1].lower() + said[1:]
+        if not key:  # which says itself what it is about
+            return said
         shown = "" if said.startswith("got ") else f"{shown};" * bool(shown)
         return f"key '{key or 'config'}':{shown} {said}"
     expected = [_EXPECTED[f["type"]].format_map(f.get("ctx", {})) for f in faults]

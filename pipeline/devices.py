@@ -78,26 +78,37 @@ def tokens_to_fill_up(num_tokens: int, device: torch.device) -> int:
     return -num_tokens % _CPU_MULTIPLE if device.type == "cpu" else 0
 
 
-def tune_memory(shapes_kept: int = 128) -> None:
-    """Keep a pack's memory for the next pack, in huge pages, and only so many kernels.
+def keep_freed_memory() -> None:
+    """Let a pack's memory be kept for the next pack, in huge pages.
 
     glibc otherwise hands it to the system: activations of some megabytes are mapped, zeroed by page
     faults and unmapped again in every layer. SmolLM2-135M in bfloat16 on two cores scored 787
     tokens/s without and 964 with.
-
-    Call it in a process that has multiplied nothing yet: then its variables are read.
-
-    Args:
-        shapes_kept: Of products, whose kernels are kept in either of two caches. A pass of the
-            engine has some dozens; if it had more than are kept, each layer would make them anew.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", str(shapes_kept))  # PyTorch's
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(shapes_kept))
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; musl and macOS have their own ways
         for option, value in _MALLOC_OPTIONS.items():
             libc.mallopt(option, value)
+
+
+def keep_few_kernels(model: Any) -> None:
+    """Have PyTorch and oneDNN keep kernels of 128 shapes of products each, and not of 1,024.
+
+    A pass has some dozens of shapes. With experts it has hundreds, one for each number of tokens
+    that an expert gets, and all stay: each layer would make anew what does not fit.
+
+    Call it before the first product: then the variables are read.
+    """
+    if has_experts(model):
+        return
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model is a mixture of experts."""
+    return any("expert" in name for name, _ in model.named_parameters())
 
 
 def auto_batch_tokens(

@@ -167,8 +167,8 @@ def _save_config(config: Config) -> None:
         storage.publish(url, text.encode())
     except StorageError as err:
         raise ConfigError(
-            f"output: {err}. Check the path, the credentials in the environment and the bucket's "
-            "policy."
+            f"output: {str(err).rstrip('.')}. Check the path, the credentials in the environment "
+            "and the bucket's policy."
         ) from err
 
 

@@ -14,7 +14,7 @@ _DIGEST = b"cherry.digest"
 
 
 def recall(url: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    """The rows; none if nothing is there, or it is damaged, or of another schema or version."""
+    """The rows; none if nothing is there, or it is damaged, or has other columns or metadata."""
     try:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(url)))
         metadata = table.schema.metadata or {}
@@ -37,4 +37,7 @@ def remember(url: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
 
 
 def _digest(rows: list[dict[str, Any]]) -> bytes:
-    return hashlib.sha256(repr(rows).encode()).hexdigest().encode()
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest().encode()

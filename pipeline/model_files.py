@@ -206,7 +206,7 @@ def _once(cache_dir: str, name: str, make: Callable[[str], None]) -> str:
     Its files' hashes are recorded; a directory that no longer has them is made again.
     """
     final = Path(cache_dir, "models", name)
-    with _writing_cache(cache_dir), _locked(final.with_suffix(".lock")):
+    with _locked(final.with_suffix(".lock")):
         if final.is_dir() and not _intact(final, cache_dir):
             log.warning("%s: damaged in the cache, made again", final)
             shutil.rmtree(final)
@@ -225,7 +225,10 @@ def _intact(directory: Path, cache_dir: str) -> bool:
     record = directory / _HASHES
     if not record.is_file():
         return False
-    hashes = json.loads(record.read_text())
+    try:
+        hashes = dict(json.loads(record.read_text()))
+    except (ValueError, TypeError):
+        return False
     return all(
         (directory / name).is_file() and _file_sha256(str(directory / name), cache_dir) == digest
         for name, digest in hashes.items()
@@ -233,20 +236,16 @@ def _intact(directory: Path, cache_dir: str) -> bool:
 
 
 @contextmanager
-def _writing_cache(cache_dir: str) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "w")
     except OSError as err:
         raise ModelError(
-            f"model.cache_dir {cache_dir}: it cannot be written on node {platform.node()}: {err}. "
-            "Make room there, or name another directory."
+            f"model.cache_dir: it cannot be written on node {platform.node()}: {err}. Make room "
+            "there, or name another directory."
         ) from err
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as handle:
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)  # released by the system if the process dies
         yield
 

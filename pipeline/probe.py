@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.compiled import compile_layers, run_as_written
+from pipeline.devices import has_experts
 from pipeline.errors import ModelError
 from pipeline.forward import hidden_packed, run_alone, run_padded
 from pipeline.packing import lay_out
@@ -82,7 +83,7 @@ def find_way(model: Any, max_length: int | None, *, sharing: bool, compiled: boo
             log.warning("%s: %s; layers run uncompiled, which is slower", name, fault_of_compiled)
     if fault is None:
         return Way(packed=True, compiled=compiled)
-    together = _padding_is_right(model)
+    together = _padding_is_right(model, max_length)
     instead = "in padded batches" if together else "each sequence alone, as padding changes it,"
     log.warning("%s: %s; scoring %s instead, which is slower", name, fault, instead)
     return Way(packed=False, together=together)
@@ -120,8 +121,7 @@ def _find_fault(
     model: Any, max_length: int | None, dtype: torch.dtype, sharing: bool, compiled: bool
 ) -> str | None:
     config = model.config.get_text_config()
-    positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
-    limit = min(positions, max_length or positions)
+    limit = _longest_probe(config, max_length)
     window = _longest_window(config)
     longest = [2 * window] if window and window < limit else []  # else no window ever slides
     lengths = [min(n, limit) for n in (*_PROBE_LENGTHS, *longest)]
@@ -135,15 +135,14 @@ def _find_fault(
         ids[:common] = rest[0][:common]
     prefixes = [None, *[Prefix(1, common) if common else None for _ in rest]]
     try:
-        has_experts = any("expert" in parameter for parameter, _ in model.named_parameters())
-        if not has_experts:
+        if not has_experts(model):
             _refuse_unless_causal(model, first, dtype)
         packed, windows = _run_packed(model, [first, *rest], prefixes)
         leaks_BS, others_BS = (
             _leaks(packed[1:], _run_packed(model, [front, *rest], prefixes)[0][1:], common)
             for front in (other, longer)
         )
-        leak = 0.0 if has_experts else float(leaks_BS.max())
+        leak = 0.0 if has_experts(model) else float(leaks_BS.max())
         mean_leak = float(torch.cat([leaks_BS, others_BS]).mean(1).max())
         projection = Projection(model, compiled)
         alone = [run_alone(model.base_model, model, ids) for ids in (first, *rest)]
@@ -160,7 +159,7 @@ def _find_fault(
     if not (leak <= _LEAK_TOLERANCE[dtype] and mean_leak <= _MEAN_LEAK_TOLERANCE[dtype]):
         most = 100 * float(np.max([leak, mean_leak]))
         return f"a sequence changes the next one of its pack by {most:.2g} %"
-    if longest and not windows - {None} and _says_windows(config):
+    if longest and not windows - {None} and _may_have_windows(config):
         return f"its layers do not ask for the window of {window:,} tokens that its config has"
     if not attention_error <= _ATTENTION_TOLERANCE[dtype]:
         return f"packed attention is off by {attention_error:.2g} nats per token"
@@ -212,15 +211,22 @@ def _refuse_unless_causal(model: Any, ids: TokenIds, dtype: torch.dtype) -> None
 
 # L=tokens of a sequence
 @torch.inference_mode()
-def _padding_is_right(model: Any) -> bool:
+def _padding_is_right(model: Any, max_length: int | None) -> bool:
     """Whether sequences have the losses in a padded batch that they have alone, beyond rounding."""
-    vocab_size = model.config.get_text_config().vocab_size
+    config = model.config.get_text_config()
+    limit = _longest_probe(config, max_length)
+    lengths = [min(n, limit) for n in _PROBE_LENGTHS]
     random = np.random.default_rng(0)
-    probes = [random.integers(0, vocab_size, n, dtype=np.int32) for n in _PROBE_LENGTHS]
+    probes = [random.integers(0, config.vocab_size, n, dtype=np.int32) for n in lengths]
     ids_T = torch.from_numpy(np.concatenate(probes)).long()
-    together_TV, _ = run_padded(model, [*_PROBE_LENGTHS], ids_T)
+    try:
+        together_TV, _ = run_padded(model, lengths, ids_T)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
     errors = []
-    for ids, together_LV in zip(probes, together_TV.split(_PROBE_LENGTHS), strict=True):
+    for ids, together_LV in zip(probes, together_TV.split(lengths), strict=True):
         targets_L = torch.from_numpy(ids[1:]).long().to(together_LV.device)
         alone_LV = run_alone(model, model, ids).logits[0].to(together_LV.device)
         one_L, other_L = (
@@ -255,7 +261,13 @@ def _loss_error(projection: Projection, ids: TokenIds, own_TM: Tensor, ours_TV: 
     return float(((ours_S - whole_S).abs() / (1 + whole_S)).max())
 
 
-def _says_windows(config: Any) -> bool:
+def _longest_probe(config: Any, max_length: int | None) -> int:
+    """Tokens of the longest sequence that will come, and that the model has positions for."""
+    positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    return min(positions, max_length or positions)
+
+
+def _may_have_windows(config: Any) -> bool:
     """Whether some of its layers have a window, or it does not say which have."""
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     return any("sliding" in kind or "chunked" in kind for kind in kinds)

@@ -66,7 +66,8 @@ class Projection:
             own_S = torch.where(inside, loss_S, own_S)
             apart_S = torch.where(inside, -torch.inf, loss_S + found)
             others_S = torch.logaddexp(others_S, apart_S)
-        return torch.logaddexp(own_S, others_S - picked_S)
+        apart_S = torch.where(others_S == -torch.inf, others_S, others_S - picked_S)
+        return torch.logaddexp(own_S, apart_S)
 
     def chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first vocabulary entry, float32 logits) of each chunk of the vocabulary."""

@@ -151,8 +151,8 @@ class Renderer:
         self, ids: list[int], offsets: npt.NDArray[np.int64], turns: list[TextTurn]
     ) -> RenderedSample:
         num_prefix = len(self.prefix_ids)
-        if num_prefix and tuple(ids[:num_prefix]) == self.prefix_ids:
-            shift = 0  # the chat render holds BOS already
+        if self._chat and num_prefix and tuple(ids[:num_prefix]) == self.prefix_ids:
+            shift = 0  # the chat render holds BOS already; elsewhere it is the row's own text
         else:
             ids = [*self.prefix_ids, *ids]
             shift = num_prefix

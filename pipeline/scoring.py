@@ -32,7 +32,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import models
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
-from pipeline.devices import tune_memory
+from pipeline.devices import keep_few_kernels, keep_freed_memory
 from pipeline.embedding import embed_table
 from pipeline.engine import Engine
 from pipeline.errors import CherryError, LostUnitError, ScoringError
@@ -181,7 +181,7 @@ class UnitScorer:
         for ever.
         """
         self._scoring = scoring
-        tune_memory()
+        keep_freed_memory()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The second stage: TOKENS and PART bytes in, PART bytes out."""
@@ -257,6 +257,7 @@ class UnitScorer:
                 torch.device(self._scoring.device),
                 num_devices=max(1, int(self._scoring.workers.num_gpus)),
             )
+            keep_few_kernels(model)
             engine = Engine(
                 model,
                 settings.max_batch_tokens,

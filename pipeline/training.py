@@ -29,8 +29,8 @@ from pipeline.adapters import add_adapters
 from pipeline.batches import count_steps
 from pipeline.cluster import Trainers
 from pipeline.config import ClusterConfig
-from pipeline.devices import tune_memory
-from pipeline.errors import CherryError, StorageError, TrainingError
+from pipeline.devices import keep_freed_memory
+from pipeline.errors import CherryError, ModelError, StorageError, TrainingError
 from pipeline.manifests import Finished
 from pipeline.parallel import agreed
 from pipeline.texts import describe_cause
@@ -161,7 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
     device = get_device()
     assert isinstance(device, torch.device)
     if device.type == "cpu":
-        tune_memory(shapes_kept=1024)  # with the backward pass there are more
+        keep_freed_memory()
         torch.set_num_threads(jobs[0].threads)
     try:
         for job in jobs:
@@ -175,7 +175,8 @@ def _worker(config: dict[str, Any]) -> None:
     except CherryError as err:
         if first:
             said.put(err)
-        if not isinstance(err, TrainingError):  # which all workers raise, and would again
+        # Which all workers raise, and would again.
+        if not isinstance(err, (TrainingError, ModelError)):
             raise
 
 

@@ -248,6 +248,21 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(key: str, url: str) 
     assert "@" not in said
 
 
+@pytest.mark.parametrize("url", ["s3:/cherry/o", "s3://", "s3:", "gs:///x", "hdfs:/x", "S3:/x"])
+@pytest.mark.parametrize("key", ["input.path", "output", "model.path"])
+def test_a_mistyped_url_is_no_local_path(key: str, url: str) -> None:
+    section = url if key == "output" else {"path": url}
+    said = refusal(**{key.partition(".")[0]: section})
+    assert f"key '{key}': got {url}, expected a path, or a URL such as s3://BUCKET/KEY" in said
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///data/x", "memory:///x", "hf://datasets/a/b", "a:b/c", "/s3:/x"]
+)
+def test_what_may_be_meant_is_taken(url: str) -> None:
+    assert config.parse({**MINIMAL, "output": url}).output == url
+
+
 @pytest.mark.parametrize(
     "url", ["s3://bucket/a@b", "s3://bucket/t=1:2/a@b", "/data/a@b", "hdfs://host:8020/a@b"]
 )
@@ -412,3 +427,10 @@ def test_a_seed_that_some_library_would_refuse_is_refused(
 @pytest.mark.parametrize("seconds", [float("inf"), 1e12])
 def test_a_timeout_that_no_clock_takes_is_refused(seconds: float) -> None:
     assert "key 'score.unit_timeout_s'" in refusal(score={"unit_timeout_s": seconds})
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ConfigError, match="the key 'web' is there twice"):
+        config.load(str(path), ["select.quotas={web: 0.1, web: 0.2}"])

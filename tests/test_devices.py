@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from pipeline import devices, models, scoring
 from pipeline.cluster import Workers
@@ -95,6 +96,7 @@ def test_an_actor_sizes_its_packs_for_its_share_of_a_gpu(
 ) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(models, "load", lambda *_, **given: asked.update(given))
+    monkeypatch.setattr(scoring, "keep_few_kernels", lambda _: None)
     monkeypatch.setattr(scoring, "Engine", lambda *_, **given: asked.update(given))
     monkeypatch.setattr(scoring, "renderer", lambda _: SimpleNamespace(prefix_ids=()))
     settings: Any = SimpleNamespace(
@@ -122,8 +124,8 @@ def test_activations_lie_in_huge_pages() -> None:
     if not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text():
         pytest.skip("the system gives no huge pages")
     code = (
-        "import torch; from pipeline.devices import tune_memory\n"
-        "tune_memory(); kept = torch.ones(50_000_000)\n"
+        "import torch; from pipeline.devices import keep_freed_memory\n"
+        "keep_freed_memory(); kept = torch.ones(50_000_000)\n"
         "print(open('/proc/self/smaps_rollup').read())\n"
     )
     said = said_by(code)
@@ -136,8 +138,8 @@ def test_kernels_are_kept_for_so_many_shapes_and_no_more() -> None:
     """PyTorch and oneDNN keep those of 1,024 shapes each: 600 more took 390 MB."""
     code = """
 import ctypes, torch, torch.nn.functional as F
-from pipeline.devices import tune_memory
-tune_memory()
+from pipeline.devices import keep_few_kernels
+keep_few_kernels(torch.nn.Linear(1, 1))
 weight, x = (torch.ones(n, 576, dtype=torch.bfloat16) for n in (1536, 1024))
 def held():
     ctypes.CDLL(None).malloc_trim(0)
@@ -153,15 +155,25 @@ print(held() - before)
     assert int(said_by(code)) < 50e6
 
 
+def test_experts_get_room_for_their_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, experts = tiny_model("Llama"), tiny_model("Mixtral")
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    devices.keep_few_kernels(experts)
+    assert not variables
+    devices.keep_few_kernels(dense)
+    assert variables == {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_the_lengths_seen(dtype: str) -> None:
-    """oneDNN keeps kernels for each shape: half a megabyte for each length, product and layer."""
+    """oneDNN makes kernels for each shape: half a megabyte for each length, product and layer."""
     code = f"""
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from pipeline.devices import tune_memory
+from pipeline.devices import keep_freed_memory
 from pipeline.engine import Engine, TokenSequence
-tune_memory()
+keep_freed_memory()
 torch.set_num_threads(1)
 config = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1,

@@ -263,6 +263,13 @@ def test_a_model_that_looks_ahead_is_refused(dtype: torch.dtype) -> None:
         Engine(tiny_model("Bert").to(dtype))
 
 
+def test_a_model_of_few_positions_is_probed_within_them() -> None:
+    model = tiny_model("Bart", **{**BART, "max_position_embeddings": 20})
+    sequences = sequences_of([9, 18])
+    for sequence, loss in zip(sequences, Engine(model).score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
 def test_sequences_that_padding_changes_are_scored_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -107,7 +107,9 @@ def test_a_cache_that_cannot_be_written_is_named_or_done_without(
     request.addfinalizer(lambda: fs.rm("/models", recursive=True))
     fs.put(f"{model_dir}/", "/models/m/", recursive=True)
     ref = model_files.resolve(ModelConfig(path="memory://models/m", cache_dir=str(cache)))
-    with pytest.raises(ModelError, match=f"model.cache_dir {cache}: it cannot be written on node"):
+    with pytest.raises(
+        ModelError, match=rf"model\.cache_dir: it cannot be written on node .*{cache}"
+    ):
         model_files.local_directory(ref)
 
 

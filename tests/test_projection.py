@@ -35,6 +35,19 @@ def test_tiles_of_the_vocabulary_do_not_change_the_loss(monkeypatch: pytest.Monk
         assert one.nll_nats == pytest.approx(other.nll_nats, rel=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [100, 1000])
+def test_a_target_that_cannot_be_is_infinitely_surprising(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(projection._TILES, "cpu", (64, chunk))
+    model = tiny_model("Phi")
+    with torch.no_grad():
+        model.lm_head.bias[7] = -torch.inf  # entries that fill a vocabulary up
+    found = projection.Projection(model).nll(torch.randn(2, 32), torch.tensor([7, 8]))
+    assert found[0] == torch.inf
+    assert torch.isfinite(found[1])
+
+
 def test_the_loss_of_what_is_all_but_certain_keeps_its_digits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

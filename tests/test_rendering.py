@@ -105,6 +105,11 @@ def test_bos_is_what_the_tokenizer_prepends_not_what_it_has() -> None:
         assert (result.input_ids[0] == 0) == bos
 
 
+def test_a_row_that_begins_with_bos_as_text_gets_the_real_one_too() -> None:
+    result, _ = render(alpaca("<s> is a token.", "True."), "wizardlm", bos=True)
+    assert list(result.input_ids[:2]) == [0, 0]
+
+
 def test_chat_render_that_holds_bos_gets_no_second_one() -> None:
     result, _ = render(alpaca("Add.", "Three."), "chat", bos=True, chat_template="<s>" + CHATML)
     assert list(result.input_ids[:2]).count(0) == 1

@@ -45,7 +45,12 @@ from transformers.pytorch_utils import Conv1D
 REPOSITORY = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from pipeline.devices import auto_dtype, fast_float32, tune_memory  # noqa: E402
+from pipeline.devices import (  # noqa: E402
+    auto_dtype,
+    fast_float32,
+    keep_few_kernels,
+    keep_freed_memory,
+)
 from pipeline.engine import Engine, TokenSequence  # noqa: E402
 from pipeline.packing import Pack, lay_out, plan_packs  # noqa: E402
 from pipeline.sharing import SHARES, find_equal, find_prefixes  # noqa: E402
@@ -127,7 +132,8 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    tune_memory()
+    keep_freed_memory()
+    keep_few_kernels(torch.nn.Module())  # no shape here has experts
     gc.freeze()  # as a scoring actor does, once its model is there
     result = COMMANDS[options.command][0](options)
     result |= {"device": device_name(options.device), "threads": torch.get_num_threads()}

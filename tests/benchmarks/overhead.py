@@ -23,7 +23,7 @@ import torch
 
 from pipeline import config, models, run
 from pipeline.cluster import Workers
-from pipeline.devices import tune_memory
+from pipeline.devices import keep_freed_memory
 from pipeline.engine import Engine
 from pipeline.job import check, plan
 from pipeline.metric import score_table
@@ -44,7 +44,7 @@ def main() -> None:
     # would be measured.
     os.environ["RAY_worker_niceness"] = "0"
     torch.set_num_threads(os.cpu_count() or 1)
-    tune_memory()
+    keep_freed_memory()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     engine_speeds, job_speeds = [], []
     with tempfile.TemporaryDirectory() as folder:
