@@ -249,8 +249,9 @@ def test_what_leaks_lies_far_from_the_tolerance(
         for sharing in (False, True):
             model = tiny_model(architecture, **changes).to(dtype)
             find_fault(model, sharing=sharing)
-    leaks = [float(each.max()) for each in found]
-    assert len(leaks) == 8
+    noise, leaks = found[::3], [float(x.max()) for at, x in enumerate(found) if at % 3]
+    assert (len(noise), len(leaks)) == (4, 8)
+    assert not torch.stack(noise).any()
     if family in FAMILIES:
         assert set(leaks) == {0.0}
     else:
