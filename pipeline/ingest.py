@@ -37,8 +37,11 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
     done = storage.join(folder, "_DONE.json")
     there = listing.list_names(folder)
     if "_DONE.json" in there:
-        names = json.loads(storage.read_bytes(done))["pieces"]
-        if set(names) <= there.keys():  # else somebody cleaned up
+        try:
+            names = json.loads(storage.read_bytes(done))["pieces"]
+        except (ValueError, TypeError, KeyError):  # damaged
+            names = []
+        if names and set(names) <= there.keys():  # else somebody cleaned up
             return [storage.join(folder, name) for name in names]
     names = []
     texts: dict[str, bool] = {}

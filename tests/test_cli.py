@@ -382,6 +382,9 @@ def test_exit_3_above_the_error_tolerance_keeps_the_scores(
 ) -> None:
     source = tmp_path / "in/rows.jsonl"
     source.parent.mkdir()
+    source.write_text("\n".join([*map(json.dumps, ROWS[:8]), *["[]"] * 7]))
+    many = cherry("score", job, f"--set=input.path={source}")
+    assert_says(many.stdout, "and 2 more that failed; the parts say why")
     source.write_text("\n".join([*map(json.dumps, ROWS[:8]), "{oops", "[]"]))
     first = cherry("run", job, f"--set=input.path={source}", "--json")
     assert first.exit_code == 3
@@ -396,6 +399,7 @@ def test_exit_3_above_the_error_tolerance_keeps_the_scores(
         f"shard {where} 9: malformed: bad_line: line 10: got list, expected an object",
     ]
     assert_says(first.stderr, f"failed: {summary['failures'][0]}")
+    assert "more that failed" not in first.stderr
     assert_says(first.stderr, "score.max_error_fraction (1 %)", summary["scores_path"])
     kept = read_parts(summary["scores_path"])
     assert kept["status"].to_pylist().count("malformed") == 2

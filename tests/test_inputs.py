@@ -701,6 +701,9 @@ def test_an_ingest_that_was_cut_off_is_done_again(
     done.unlink()
     assert rows_of(open_at(path)) == [A, B]
     assert json.loads(done.read_text())["pieces"] == [Path(shard.read_url).name]
+    for damaged in ('{"pieces": [', "[]", "{}"):
+        done.write_text(damaged)
+        assert rows_of(open_at(path)) == [A, B]
 
 
 def test_a_source_overwritten_while_it_is_ingested_is_refused(
