@@ -142,15 +142,15 @@ def _check_part(data: bytes, unit_id: str, version: str, url: str, start: int, s
     try:
         # All of it: every page has a checksum, which nobody else looks at.
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as err:
+        its = json.loads((table.schema.metadata or {}).get(b"cherry.unit", "{}"))
+    except (pa.ArrowException, OSError, ValueError) as err:
         raise AccountingError(
             f"part {url}: not readable as Parquet: {err}. Delete the part and run again."
         ) from None
-    its = json.loads((table.schema.metadata or {}).get(b"cherry.unit", "{}"))
-    if its and its["unit_id"] != unit_id:
+    if its and its.get("unit_id") != unit_id:
         raise AccountingError(
-            f"part {url}: got the part of rows {its['start']} to {its['stop'] - 1} of shard "
-            f"{its['shard_url']}, expected that of unit {unit_id}. Delete the part and run again."
+            f"part {url}: got the part of unit {its.get('unit_id')}, of shard "
+            f"{its.get('shard_url')}, expected that of unit {unit_id}. Delete it and run again."
         )
     if not np.array_equal(table["row_index"].to_numpy(), np.arange(start, stop)):
         raise AccountingError(

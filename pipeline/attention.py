@@ -101,7 +101,7 @@ def packed_attention(
         )
     if not getattr(module, "is_causal", True) or rest.get("is_causal") is False:
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
-    if not query_1HTD.shape[2] == key_1KTD.shape[2] == cherry_pack.starts[-1]:
+    if not query_1HTD.shape[2] == key_1KTD.shape[2] == sum(cherry_pack.lengths):
         raise UnsupportedAttentionError(f"{type(module).__name__} has keys that are no tokens")
     cherry_pack.windows.add(sliding_window)
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling

@@ -19,7 +19,7 @@ _MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
 
 _CPU_MULTIPLE = 64
 """Tokens come to a CPU's products in multiples of so many: oneDNN makes kernels for each number of
-them, in milliseconds."""
+them."""
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
@@ -95,8 +95,8 @@ def keep_freed_memory() -> None:
 def keep_few_kernels(model: Any) -> None:
     """Have PyTorch and oneDNN keep kernels of 128 shapes of products each, and not of 1,024.
 
-    A pass has some dozens of shapes. With experts it has hundreds, one for each number of tokens
-    that an expert gets, and all stay: each layer would make anew what does not fit.
+    A pass has some dozens of shapes. With experts it may have hundreds, one for each number of
+    tokens that an expert gets, and each layer would make anew what is not kept.
 
     Call it before the first product: then the variables are read.
     """

@@ -134,8 +134,9 @@ def _find_fault(
     for ids in rest:  # the first one shares nothing, and lies before all that does
         ids[:common] = rest[0][:common]
     prefixes = [None, *[Prefix(1, common) if common else None for _ in rest]]
+    experts = has_experts(model)
     try:
-        if not has_experts(model):
+        if not experts:
             _refuse_unless_causal(model, first, dtype)
         packed, windows = _run_packed(model, [first, *rest], prefixes)
         noise_BS, leaks_BS, others_BS = (
@@ -143,7 +144,7 @@ def _find_fault(
             for front in (first, other, longer)
         )
         # A device that adds up in any order says something else each time.
-        leak = 0.0 if has_experts(model) else float(leaks_BS.max() - 4 * noise_BS.max())
+        leak = 0.0 if experts else float(leaks_BS.max() - 4 * noise_BS.max())
         mean_leak = float(torch.cat([leaks_BS, others_BS]).mean(1).max())
         projection = Projection(model, compiled)
         alone = [run_alone(model.base_model, model, ids) for ids in (first, *rest)]

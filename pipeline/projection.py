@@ -64,10 +64,11 @@ class Projection:
             # logsumexp itself sweeps the logits several times.
             loss_S = F.cross_entropy(logits_SC, local, reduction="none")
             own_S = torch.where(inside, loss_S, own_S)
-            apart_S = torch.where(inside, -torch.inf, loss_S + found)
-            others_S = torch.logaddexp(others_S, apart_S)
-        apart_S = torch.where(others_S == -torch.inf, others_S, others_S - picked_S)
-        return torch.logaddexp(own_S, apart_S)
+            chunk_S = torch.where(inside, -torch.inf, loss_S + found)
+            others_S = torch.logaddexp(others_S, chunk_S)
+        # -inf - -inf: of a target that cannot be, in a vocabulary of one chunk.
+        beside_S = torch.where(others_S == -torch.inf, others_S, others_S - picked_S)
+        return torch.logaddexp(own_S, beside_S)
 
     def chunks(self, hidden_SM: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first vocabulary entry, float32 logits) of each chunk of the vocabulary."""

@@ -26,9 +26,9 @@ from pipeline.phases import Embedded
 from pipeline.rows import take_rows
 from pipeline.run import Result
 from pipeline.samples import read_samples
-from pipeline.schemas import BAD_LINE, FAILED_STATUSES, STATUSES
+from pipeline.schemas import BAD_LINE, STATUSES
 from pipeline.selection_report import selected, tables
-from pipeline.summary import Summary
+from pipeline.summary import Summary, failed_rows
 from pipeline.texts import count, plain, visible
 from pipeline.training_loop import StepDone
 from pipeline.units import Plan
@@ -227,8 +227,8 @@ def _facts(result: Result) -> Group:
         lines += _losses(result.trained)
     lines += [f"skipped: {visible(reason)}" for reason in summary.skipped_shards]
     lines += [f"failed: {visible(reason)}" for reason in summary.failures]
-    failed = sum(summary.rows_by_status.get(status, 0) for status in FAILED_STATUSES)
-    if (more := failed - len(summary.failures)) > 0 and summary.failures:
+    more = failed_rows(summary.rows_by_status) - len(summary.failures)
+    if summary.failures and more:
         lines.append(f"and {more:,} more that failed; the parts say why")
     return Group("", *(Text(line) for line in lines), "")
 

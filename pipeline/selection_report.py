@@ -49,9 +49,11 @@ def selected(manifest: dict[str, Any]) -> Iterator[str]:
         elif tied > 1:
             yield f"{tied:,} rows lie exactly at the cut, all of them kept"
     for reason, count in manifest["rejected_rows"].items():
-        limit = {"at_or_over_max_ifd": "max_ifd", "under_min_ifd": "min_ifd"}.get(reason, "")
-        shown = f" ({settings[limit]:g})" if limit else ""
-        yield f"{count:,} scored rows not eligible: {reason.replace('_', ' ', 3)}{shown}"
+        if reason == "at_or_over_max_ifd":
+            reason = f"at or over max_ifd ({settings['max_ifd']:g})"
+        elif reason == "under_min_ifd":
+            reason = f"under min_ifd ({settings['min_ifd']:g})"
+        yield f"{count:,} scored rows not eligible: {reason}"
     if manifest["duplicate_rows"]:
         yield f"{manifest['duplicate_rows']:,} duplicates above the cut passed over"
 

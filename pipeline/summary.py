@@ -45,10 +45,14 @@ class Summary:
     """The model that was trained on the cherry subset."""
 
 
+def failed_rows(rows_by_status: Mapping[str, int]) -> int:
+    """Rows that count against `max_error_fraction`."""
+    return sum(rows_by_status.get(status, 0) for status in FAILED_STATUSES)
+
+
 def failed_fraction(rows_by_status: Mapping[str, int]) -> float:
-    """Share of rows that count against `max_error_fraction`."""
-    failed = sum(rows_by_status.get(status, 0) for status in FAILED_STATUSES)
-    return failed / max(1, sum(rows_by_status.values()))
+    """Their share."""
+    return failed_rows(rows_by_status) / max(1, sum(rows_by_status.values()))
 
 
 def summarise(

@@ -83,7 +83,10 @@ def test_the_part_of_another_unit_is_named(ray_local: None, plan: Plan) -> None:
     Path(plan.part_url(other)).write_bytes(to_parquet(labelled))
     audit(plan)
     Path(plan.part_url(one)).write_bytes(to_parquet(labelled))
-    with pytest.raises(AccountingError, match=f"{one.unit_id}.*got the part of rows 0 to 4 of"):
+    with pytest.raises(
+        AccountingError,
+        match=f"{one.unit_id}.*got the part of unit {other.unit_id}, of shard {other.shard_url}",
+    ):
         audit(plan)
 
 

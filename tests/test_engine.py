@@ -418,8 +418,11 @@ def test_the_weights_are_those_that_lie_on_the_device(monkeypatch: pytest.Monkey
     asked = []
     monkeypatch.setattr("pipeline.engine.auto_batch_tokens", lambda *given: asked.append(given[3]))
     model = tiny_model("Llama")
+    here = 4 * sum(p.numel() for p in model.parameters())
+    elsewhere = torch.nn.Parameter(torch.empty(9, device="meta"))
+    model.lm_head.register_parameter("elsewhere", elsewhere)
     Engine(model)
-    assert asked == [4 * sum(p.numel() for p in model.parameters())]
+    assert asked == [here]
 
 
 def test_a_probe_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
