@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from pipeline import cpu_kernels
 from pipeline.grouped_attention import Asked, grouped_attention
 from pipeline.packing import Pack
 
@@ -69,6 +70,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cherry_pack: Pack | None = None,
+    cherry_kernels: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a pack.
@@ -85,6 +87,7 @@ def packed_attention(
         softcap: Scores become `softcap * tanh(score / softcap)`.
         s_aux: One sink logit per head, shape (H,).
         cherry_pack: Where the sequences lie.
+        cherry_kernels: Whether a CPU's own kernels may do it.
         rest: What else the layer passes; unknown arguments are refused.
 
     Returns:
@@ -106,8 +109,11 @@ def packed_attention(
     cherry_pack.windows.add(sliding_window)
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     asked = Asked(scale, sliding_window, softcap, s_aux)
-    takes_varlen = asked.fused and _varlen_takes(query_1HTD, value_1KTD)
-    attend = _varlen if takes_varlen else grouped_attention
+    attend = grouped_attention
+    if asked.fused and _varlen_takes(query_1HTD, value_1KTD):
+        attend = _varlen
+    elif cherry_kernels and cpu_kernels.take_attention(query_1HTD):
+        attend = cpu_kernels.attention
     # Each rounds what it may; autocast would round the scores as well.
     with torch.autocast(query_1HTD.device.type, enabled=False):
         output_THD = attend(query_1HTD[0], key_1KTD[0], value_1KTD[0], cherry_pack, asked)

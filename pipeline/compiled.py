@@ -1,18 +1,23 @@
-"""Compiled layers: on a GPU, what is not matrix product runs in fused kernels (torch.compile).
+"""What is compiled: kernels of our own, and layers, in which torch.compile fuses what it can.
 
 A layer is compiled once for all layers of its kind and all sizes of packs; attention stays as it is
-(attention.py). CPUs, which gain little by it, are left alone.
+(attention.py). A CPU gains a tenth by it, for a quarter of a minute of compiling in each process,
+and so is asked for it or left alone.
 """
 
 import functools
 import importlib.util
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from pipeline import cpu_kernels
+
 log = logging.getLogger("cherry")
+
+Compiled = Literal["auto"] | bool
 
 
 def repeated_layers(model: Any) -> list[nn.Module]:
@@ -21,17 +26,27 @@ def repeated_layers(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def compile_layers(model: Any) -> bool:
-    """Have layers compiled when they first run; False where it gains nothing or cannot be done."""
+def compile_layers(model: Any, compiled: Compiled) -> bool:
+    """Have layers compiled when they first run; returns whether kernels may run, too.
+
+    Args:
+        model: A transformers causal LM, on its device or devices.
+        compiled: True is all that can be; `auto` leaves the layers of a CPU out.
+    """
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or (device := devices.pop()).type != "cuda":
+    device = devices.pop()
+    on_cpu = device.type == "cpu"
+    if not compiled or devices or not (on_cpu or device.type == "cuda"):
         return False
+    if on_cpu and compiled == "auto":
+        return cpu_kernels.can_run()
     if fault := _why_not(device):
         log.warning(
-            "%s; layers run uncompiled, which is slower. Compiling needs Triton and a C compiler.",
+            "%s; layers run uncompiled, which is slower. Compiling needs %s.",
             fault,
+            "a C++ compiler" if on_cpu else "Triton and a C compiler",
         )
-        return False
+        return on_cpu and cpu_kernels.can_run()
     for layer in repeated_layers(model):
         layer.compile(dynamic=True)  # in place
     return True
@@ -45,8 +60,8 @@ def run_as_written(model: Any) -> None:
 
 @functools.cache
 def _why_not(device: torch.device) -> str | None:
-    """Why kernels cannot be compiled for a GPU; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    """Why torch.compile cannot compile for a device; None if it can."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))

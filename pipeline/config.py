@@ -97,9 +97,10 @@ class ScoreConfig(Section):
     """Work done once for several: what rows of a pack begin with (`prefixes`), passes over the same
     tokens (`equal`), and the conditioned pass of a conversation (`turns`). Scores agree within
     1e-5 in float32; `[]` computes everything plainly."""
-    compile: bool = True
-    """On GPUs, fuse what is not matrix product (torch.compile; needs a C compiler on the nodes).
-    Scores agree within 1e-5 in float32."""
+    compile: Literal["auto"] | bool = "auto"
+    """Fuse what is not matrix product: `auto` has own kernels and, on GPUs, compiled layers, for
+    which nodes need a C compiler. `true` has compiled layers on CPUs, too, which takes a quarter of
+    a minute an actor and a C++ compiler. Scores agree within 1e-5 in float32."""
     unit_rows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Rows of a work unit. `auto` aims at tens of seconds from footer and model size alone."""
     reuse: Literal["rows", "units"] = "rows"

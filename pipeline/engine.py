@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.compiled import Compiled
 from pipeline.devices import auto_batch_tokens, from_device, mark, to_device
 from pipeline.forward import (
     hidden_packed,
@@ -96,7 +97,7 @@ class Engine:
         max_batch_tokens: int | Literal["auto"] = "auto",
         max_length: int | None = None,
         share: Collection[Share] = SHARES,
-        compiled: bool = True,
+        compiled: Compiled = "auto",
         device_share: float = 1.0,
     ) -> None:
         """Take a loaded model in its final dtype and device, and probe it.
@@ -106,7 +107,7 @@ class Engine:
             max_batch_tokens: Budget of a pack.
             max_length: Longest sequence that will come, in tokens; None is the model's positions.
             share: Work to do once for several; scores agree within rounding.
-            compiled: Fuse what is not matrix product, where the device gains by it and can.
+            compiled: What to fuse that is not matrix product, as `compile_layers` has it.
             device_share: How much of the device is this engine's, where several share it.
         """
         self.model = model.eval()
@@ -248,7 +249,7 @@ class Engine:
             targets = to_device(target_S, logits_TV.device).long()
             nll_S = F.cross_entropy(logits_SV, targets, reduction="none")
         else:
-            states_TM = hidden_packed(self.model, laid.pack, ids_T)
+            states_TM = hidden_packed(self.model, laid.pack, ids_T, self.compiled)
             hidden_SM = states_TM[to_device(before_S, states_TM.device)]
             targets = to_device(target_S, states_TM.device).long()
             nll_S = self._projection.nll(hidden_SM, targets)

@@ -55,8 +55,11 @@ def _products(model: Any) -> Iterator[None]:
 
 
 # T=tokens of all sequences, M=hidden size, V=vocabulary, B=sequences, L=longest of them
-def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
-    """Last hidden states of a pack, shape (T, M), in the model's dtype or float32."""
+def hidden_packed(model: Any, pack: Pack, ids_T: Tensor, kernels: bool = False) -> Tensor:
+    """Last hidden states of a pack, shape (T, M), in the model's dtype or float32.
+
+    With a CPU's own `kernels`, where it has them (cpu_kernels.py).
+    """
     _use_attention(model, PACKED)
     num_tokens = len(ids_T)
     pack, ids_T = _filled_up(pack, ids_T, model.device)
@@ -66,6 +69,7 @@ def hidden_packed(model: Any, pack: Pack, ids_T: Tensor) -> Tensor:
             position_ids=to_device(pack.positions(), model.device).unsqueeze(0),
             use_cache=False,
             cherry_pack=pack,
+            cherry_kernels=kernels,
         )
     return output.last_hidden_state[0, :num_tokens]  # type: ignore[no-any-return]
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.compiled import compile_layers, run_as_written
+from pipeline.compiled import Compiled, compile_layers, run_as_written
 from pipeline.devices import has_experts
 from pipeline.errors import ModelError
 from pipeline.forward import hidden_packed, run_alone, run_padded
@@ -58,7 +58,7 @@ class Way(NamedTuple):
     """In padded batches of several, where it is not packed."""
 
 
-def find_way(model: Any, max_length: int | None, *, sharing: bool, compiled: bool) -> Way:
+def find_way(model: Any, max_length: int | None, *, sharing: bool, compiled: Compiled) -> Way:
     """Take packs and compiled layers, or what of them a model can have.
 
     Compiles its layers in place, or leaves them as they are written.
@@ -67,22 +67,22 @@ def find_way(model: Any, max_length: int | None, *, sharing: bool, compiled: boo
         model: A transformers causal LM, on its device.
         max_length: As `find_fault`.
         sharing: As `find_fault`.
-        compiled: Whether layers are to be compiled, where the device gains by it and can.
+        compiled: As `compile_layers`.
 
     Raises:
         ModelError: The model is not causal.
     """
     name = type(model).__name__
-    compiled = compiled and compile_layers(model)
-    fault = find_fault(model, max_length, sharing=sharing, compiled=compiled)
-    if fault and compiled:
+    kernels = compile_layers(model, compiled)
+    fault = find_fault(model, max_length, sharing=sharing, compiled=kernels)
+    if fault and kernels:
         run_as_written(model)
-        fault_of_compiled, compiled = fault, False
+        fault_of_compiled, kernels = fault, False
         fault = find_fault(model, max_length, sharing=sharing)
         if fault is None:
-            log.warning("%s: %s; layers run uncompiled, which is slower", name, fault_of_compiled)
+            log.warning("%s: %s; nothing runs compiled, which is slower", name, fault_of_compiled)
     if fault is None:
-        return Way(packed=True, compiled=compiled)
+        return Way(packed=True, compiled=kernels)
     together = _padding_is_right(model, max_length)
     instead = "in padded batches" if together else "each sequence alone, as padding changes it,"
     log.warning("%s: %s; scoring %s instead, which is slower", name, fault, instead)
@@ -138,11 +138,12 @@ def _find_fault(
     try:
         if not experts:
             _refuse_unless_causal(model, first, dtype)
-        packed, windows = _run_packed(model, [first, *rest], prefixes)
-        noise_BS, leaks_BS, others_BS = (
-            _leaks(packed[1:], _run_packed(model, [front, *rest], prefixes)[0][1:], common)
+        packed, windows = _run_packed(model, [first, *rest], prefixes, compiled)
+        again = (
+            _run_packed(model, [front, *rest], prefixes, compiled)[0]
             for front in (first, other, longer)
         )
+        noise_BS, leaks_BS, others_BS = (_leaks(packed[1:], one[1:], common) for one in again)
         # A device that adds up in any order says something else each time.
         leak = 0.0 if experts else float(leaks_BS.max() - 4 * noise_BS.max())
         mean_leak = float(torch.cat([leaks_BS, others_BS]).mean(1).max())
@@ -174,11 +175,11 @@ def _find_fault(
 
 # T=tokens of a probe, S=tokens compared, M=hidden size, V=vocabulary
 def _run_packed(
-    model: Any, probes: list[TokenIds], prefixes: Sequence[Prefix | None]
+    model: Any, probes: list[TokenIds], prefixes: Sequence[Prefix | None], kernels: bool
 ) -> tuple[list[Tensor], set[int | None]]:
     """Last hidden states of each probe, (T, M), from one pack, and the windows asked for."""
     laid = lay_out(probes, prefixes)
-    hidden_TM = hidden_packed(model, laid.pack, torch.from_numpy(laid.ids_T).long())
+    hidden_TM = hidden_packed(model, laid.pack, torch.from_numpy(laid.ids_T).long(), kernels)
     return [hidden_TM[torch.from_numpy(place)] for place in laid.places], laid.pack.windows
 
 

@@ -1,16 +1,17 @@
 """The vocabulary projection: from hidden states to losses, a chunk of the vocabulary at a time.
 
-Logits are float32 from the product on, and those of a whole pack never exist at once; on a GPU
-they are not even written (projection_kernel.py).
+Logits are float32 from the product on, and those of a whole pack never exist at once; where there
+are kernels they are not even written (projection_kernel.py, cpu_kernels.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline import cpu_kernels
 from pipeline.devices import fast_float32, products_by_onednn, tokens_to_fill_up
 
 _TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
@@ -39,16 +40,27 @@ class Projection:
         targets_S = targets_S.to(weight_VM.device)
         # A model may be spread over several devices, and float32 between its layers.
         hidden_SM = hidden_SM.to(weight_VM)
-        if self._compiled and weight_VM.dtype != torch.float32 and weight_VM.is_contiguous():
-            from pipeline.projection_kernel import cross_entropy
-
+        if kernel := self._kernel():
             bias_V = getattr(self._head, "bias", None)
-            return cross_entropy(hidden_SM, weight_VM, bias_V, targets_S, *self._transform)
+            return kernel(hidden_SM, weight_VM, bias_V, targets_S, *self._transform)
         rows, _ = _tile(hidden_SM)
         missing = tokens_to_fill_up(len(targets_S), hidden_SM.device)
         hidden, targets = F.pad(hidden_SM, (0, 0, 0, missing)), F.pad(targets_S, (0, missing))
         pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.cat([self._nll(*piece) for piece in pieces])[: len(targets_S)]
+
+    def _kernel(self) -> Callable[..., Tensor] | None:
+        """What makes losses without logits, where a device has it for these weights."""
+        weight_VM = self._head.weight
+        if not self._compiled or not weight_VM.is_contiguous():
+            return None
+        if weight_VM.is_cuda and weight_VM.dtype != torch.float32:
+            from pipeline import projection_kernel  # needs Triton
+
+            return projection_kernel.cross_entropy
+        if weight_VM.device.type == "cpu" and cpu_kernels.takes_losses(weight_VM):
+            return cpu_kernels.cross_entropy
+        return None
 
     def _nll(self, hidden_SM: Tensor, targets_S: Tensor) -> Tensor:
         # Of the chunk that holds the target, its loss; of all others, their log-sum-exp. The loss

@@ -47,8 +47,8 @@ class ScoringSettings:
     the fingerprint."""
     share: tuple[Share, ...] = SHARES
     """Work that is done once for several rows; scores agree within rounding, so neither is this."""
-    compiled: bool = True
-    """Whether GPUs run compiled layers where they can; likewise."""
+    compiled: Literal["auto"] | bool = "auto"
+    """What is compiled; likewise."""
     measure: Literal["ifd", "prompt"] = "ifd"
     """What is asked of the model: both losses of the responses, or the embedding and the loss of
     the prompts, for brief experience."""

@@ -125,10 +125,11 @@ def oracle(model: torch.nn.Module, sequence: TokenSequence) -> list[float]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", [1, 64, 4096])
-def test_packed_equals_eager_one_row_at_a_time(family: str, budget: int) -> None:
+@pytest.mark.parametrize("compiled", ["auto", False])
+def test_packed_equals_eager_one_row_at_a_time(family: str, budget: int, compiled: bool) -> None:
     architecture, changes = FAMILIES[family]
     model = tiny_model(architecture, **changes)
-    engine = Engine(model, max_batch_tokens=budget)
+    engine = Engine(model, max_batch_tokens=budget, compiled=compiled)
     assert engine.mode == "packed"
     # Several are longer than every window (12), one is longer than the explicit path's limit.
     sequences = sequences_of([40, 3, 25, 2, 60, 13, 12, 33])

@@ -257,8 +257,8 @@ def make_contenders(options: argparse.Namespace, rows: list[Row]) -> dict[str, C
     names = list(options.only or CONTENDERS)
     if auto_dtype(torch.device(options.device)) != torch.bfloat16:  # it is only emulated
         names = [name for name in names if "bfloat16" not in name]
-    if not on_gpu:
-        names = [name for name in names if name not in (HALF_PLAIN, HALF_UNCOMPILED)]
+    left_out = HALF_LAYERS if on_gpu else HALF_PLAIN  # there, layers are compiled anyhow
+    names = [name for name in names if name != left_out]
     models = {
         dtype: load_model(options, dtype)
         for dtype in (torch.float32, torch.bfloat16)
@@ -275,7 +275,8 @@ def make_contenders(options: argparse.Namespace, rows: list[Row]) -> dict[str, C
             return Contender(score, few, dtype, count_flops(model, few))
         share = () if "nothing shared" in name else SHARES
         budget: int | Literal["auto"] = options.max_batch_tokens or "auto"
-        engine = Engine(model, budget, share=share, compiled="uncompiled" not in name)
+        compiled = COMPILED.get(name.partition(", ")[2], "auto")
+        engine = Engine(model, budget, share=share, compiled=compiled)
         print(f"{name}: {engine.mode}, compiled {engine.compiled}, share {sorted(engine.share)}")
         score = functools.partial(engine_losses, engine)
         return Contender(score, rows, dtype, count_flops(model, rows, engine))
@@ -590,10 +591,11 @@ def synchronise(device: str) -> None:
 
 
 SLOW: dict[str, Callable[[Any, list[Row]], Losses]] = {"loop": one_by_one, "padded": padded}
-HALF_PLAIN, HALF_UNCOMPILED = "engine bfloat16, nothing shared", "engine bfloat16, uncompiled"
+COMPILED: dict[str, Literal["auto"] | bool] = {"uncompiled": False, "compiled layers": True}
+HALF_PLAIN, HALF_LAYERS = "engine bfloat16, nothing shared", "engine bfloat16, compiled layers"
 CONTENDERS = (
-    *SLOW, "engine float32, nothing shared", "engine float32", HALF_PLAIN, HALF_UNCOMPILED,
-    "engine bfloat16",
+    *SLOW, "engine float32, nothing shared", "engine float32, uncompiled", "engine float32",
+    HALF_PLAIN, "engine bfloat16, uncompiled", "engine bfloat16", HALF_LAYERS,
 )  # fmt: skip
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
     "speed": (speed, 200),
