@@ -198,7 +198,10 @@ def test_yaml_that_merges_and_refers_to_itself(refused: Callable[..., str], job:
         ("input.path=", "key 'input.path': got None, expected text, or a list"),
         ("cluster.actors=0", "key 'cluster.actors': got 0, expected 'auto', or more than 0"),
         ("select.fraction=10%", "key 'select.fraction': got '10%', expected a number"),
-        ("score.compile=perhaps", "key 'score.compile': got 'perhaps', expected 'auto', or true or false"),
+        (
+            "score.compile=perhaps",
+            "key 'score.compile': got 'perhaps', expected 'auto', or true or false",
+        ),
         ("select.count=-1", "key 'select.count': got -1, expected at least 0"),
         ("input.path=[1, 2]", "key 'input.path': got 1, expected text"),
         ("input.path=[]", "key 'input.path': got [], expected text, or a list that is not empty"),

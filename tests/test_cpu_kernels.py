@@ -175,6 +175,16 @@ def test_attention_equals_float64(
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=5e-6)
 
 
+def test_tensors_may_lie_in_any_order() -> None:
+    torch.manual_seed(0)
+    asked = Asked(0.25, None, None, None)
+    tensors = [torch.randn(heads, sum(SHORT.lengths), 16) for heads in (4, 2, 2)]
+    expected = cpu_kernels.attention(*tensors, SHORT, asked)
+    for order in ((1, 0, 2), (2, 1, 0), (0, 2, 1)):
+        turned = [each.permute(order).contiguous().permute(order) for each in tensors]
+        assert torch.equal(cpu_kernels.attention(*turned, SHORT, asked), expected)
+
+
 @pytest.mark.parametrize("spoiled", range(len(SHORT.lengths)))
 def test_what_is_no_number_reaches_no_stretch_that_does_not_continue_it(spoiled: int) -> None:
     torch.manual_seed(0)
