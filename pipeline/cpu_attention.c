@@ -40,16 +40,19 @@ static struct queries take_queries(
     const struct attention *of, const struct piece *piece, int64_t shared, int64_t first)
 {
     const int64_t group = of->heads / of->shared_heads;
+    const int64_t count = (piece->end - piece->begin) * group;
+    int64_t token = piece->begin + first / group, member = first % group;
     struct queries some;
-    for (int r = 0; r < ROWS; r++) {  /* the last one again, where there are no more */
-        const int64_t row = smaller(first + r, (piece->end - piece->begin) * group - 1);
-        const int64_t token = piece->begin + row / group, head = shared * group + row % group;
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t head = shared * group + member;
         const float *at = of->query + head * of->query_head + token * of->query_token;
         some.rows[r] = (const uint32_t *)at;
         some.token[r] = token;
         some.head[r] = head;
         some.high[r] = piece->past + token - piece->own + 1;
         some.low[r] = larger(0, some.high[r] - of->window);
+        if (first + r + 1 >= count) continue;  /* the last one again, as there are no more */
+        if (++member == group) member = 0, token++;
     }
     return some;
 }

@@ -8,7 +8,7 @@ Source: a running log-sum-exp, Milakov and Gimelshein, arXiv:1805.02867. */
 
 enum { ENTRIES = 48 };  /* of the vocabulary whose logits are held at once: 12 KB */
 enum { BLOCK = 384 };   /* of the vocabulary that stay in the cache for all tokens of an item */
-enum { PANELS = 4 };    /* of LANES tokens, an item */
+enum { PANELS = 2 };    /* of LANES tokens, an item */
 
 struct losses {
     const uint32_t *states; /* (panels, depth, LANES): words of the hidden states */
