@@ -12,12 +12,16 @@ from dataclasses import dataclass, replace
 
 import ray
 from ray._private import auto_init_hook, ray_constants
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.config import ClusterConfig
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError
 
 log = logging.getLogger("cherry")
+
+_LONGEST_STEP_S = 10.0
+"""In which Ray Data asks what is there and starts what it can, before it looks whether to go on."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,19 @@ def connected() -> Iterator[None]:
         yield
     finally:
         if started:
+            _end_passes()
             ray.shutdown()
+
+
+def _end_passes() -> None:
+    """End the threads of Ray Data that an interrupted run leaves.
+
+    One that asks Ray for something while it ends can bring the process down.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            thread.shutdown(force=False)
+            thread.join(_LONGEST_STEP_S)
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 """A local Ray, and the resources of actors."""
 
 import multiprocessing
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 import psutil
 import pytest
 import ray
 
-from pipeline import cluster
+from pipeline import cluster, scoring
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS, Workers
 from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError
@@ -32,6 +36,35 @@ def test_a_local_ray_listens_on_this_machine_alone(monkeypatch: pytest.MonkeyPat
         addresses = pool.submit(listening_addresses).result()
     assert addresses
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def scheduling_after_an_interruption() -> list[str]:
+    """Threads of Ray Data that are left of a pass when Ray ends under it."""
+    left: list[str] = []
+    end = ray.shutdown
+
+    def slow(row: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.1)
+        return row
+
+    def shutdown() -> None:
+        left.extend(each.name for each in threading.enumerate() if "Executor-" in each.name)
+        end()
+
+    with suppress(KeyboardInterrupt), cluster.connected():
+        ray.shutdown = shutdown
+        rows = ray.data.range(1000, override_num_blocks=1000).map(slow).iter_rows()
+        for _ in scoring._within(rows, 60):
+            raise KeyboardInterrupt
+    return left
+
+
+@pytest.mark.ray
+def test_no_thread_asks_ray_for_anything_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It crashed the process, now and then, where a run was interrupted."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(scheduling_after_an_interruption).result() == []
 
 
 @pytest.mark.ray
