@@ -112,7 +112,7 @@ def packed_attention(
     attend = grouped_attention
     if asked.fused and _varlen_takes(query_1HTD, value_1KTD):
         attend = _varlen
-    elif cherry_kernels and cpu_kernels.take_attention(query_1HTD):
+    elif cherry_kernels and cpu_kernels.takes_attention(query_1HTD):
         attend = cpu_kernels.attention
     # Each rounds what it may; autocast would round the scores as well.
     with torch.autocast(query_1HTD.device.type, enabled=False):

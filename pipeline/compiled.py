@@ -66,5 +66,5 @@ def _why_not(device: torch.device) -> str | None:
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as err:  # noqa: BLE001  # a compiler that is not there raises anything
-        return f"{type(err).__name__}: {str(err).strip().splitlines()[-1] if str(err) else ''}"
+        return f"{type(err).__name__}: {next(iter(str(err).strip().splitlines()), '')}"
     return None

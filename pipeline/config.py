@@ -98,9 +98,9 @@ class ScoreConfig(Section):
     tokens (`equal`), and the conditioned pass of a conversation (`turns`). Scores agree within
     1e-5 in float32; `[]` computes everything plainly."""
     compile: Literal["auto"] | bool = "auto"
-    """Fuse what is not matrix product: `auto` has own kernels and, on GPUs, compiled layers, for
-    which nodes need a C compiler. `true` has compiled layers on CPUs, too, which takes a quarter of
-    a minute an actor and a C++ compiler. Scores agree within 1e-5 in float32."""
+    """What is compiled on the nodes, by a C compiler: `auto` is our own kernels and, on GPUs, the
+    model's layers. `true` is layers on CPUs, too, which takes a C++ compiler and a quarter of a
+    minute for each actor. Scores agree within 1e-5 in float32."""
     unit_rows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Rows of a work unit. `auto` aims at tens of seconds from footer and model size alone."""
     reuse: Literal["rows", "units"] = "rows"

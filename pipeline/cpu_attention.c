@@ -1,4 +1,4 @@
-/* Causal attention over the stretches of a pack, with scores that stay in the cache.
+/* Causal attention over the stretches of a pack: scores of a few queries at a time.
 
 Items, a piece of a stretch and a head of keys, are taken by all threads that call in, until there
 are none. The heads that share keys are queries of one tile. */
@@ -6,6 +6,20 @@ are none. The heads that share keys are queries of one tile. */
 #include <stdlib.h>
 
 #include "cpu_tile.h"
+
+/* A tile of floats, of no more vectors than `count` lanes need. */
+static void narrow_tile(
+    int64_t count, const uint32_t *const rows[ROWS], const float *lanes, int64_t lane_stride,
+    int64_t depth, float *out, int64_t out_stride, int accumulate)
+{
+    const uint32_t *words = (const uint32_t *)lanes;
+    switch ((count + WIDTH - 1) / WIDTH) {
+    case 1: tile(0, 1, rows, words, lane_stride, depth, out, out_stride, accumulate); break;
+    case 2: tile(0, 2, rows, words, lane_stride, depth, out, out_stride, accumulate); break;
+    case 3: tile(0, 3, rows, words, lane_stride, depth, out, out_stride, accumulate); break;
+    default: tile(0, VECTORS, rows, words, lane_stride, depth, out, out_stride, accumulate);
+    }
+}
 
 /* Some tokens of a stretch, which continues a parent or nothing; places in the pack. */
 struct piece {

@@ -1,6 +1,6 @@
 """Losses and attention of CPUs with AVX-512: kernels in C, compiled when a process first asks.
 
-That takes a C compiler and half a second. Without one PyTorch does the same, slower. Both kernels
+That takes a C compiler and about a second. Without one PyTorch does the same, slower. Both kernels
 are matrix products whose results are used up where they are made, and both sum up in float32::
 
     cpu_tile.h          what multiplies
@@ -30,6 +30,9 @@ _SOURCES = [str(Path(__file__).with_name(name)) for name in ("cpu_losses.c", "cp
 _LANES = 64
 """Values that a tile has side by side, and that may be read past the end."""
 
+_SLICES = 4
+"""Of the vocabulary, for different threads: tokens alone would not keep many of them busy."""
+
 _PIECE = 256
 """Queries of a stretch that a thread takes at most at once."""
 
@@ -40,7 +43,7 @@ class _Losses(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("states", "weight", "bias", "targets")),
         *((name, _pointer) for name in ("highest", "total", "picked")),
-        *((name, _int64) for name in ("panels", "vocabulary", "depth", "pairs")),
+        *((name, _int64) for name in ("slices", "panels", "vocabulary", "depth", "pairs")),
         *((name, _float) for name in ("scale", "softcap")),
         ("next", _int64),
     )
@@ -75,7 +78,7 @@ def takes_losses(weight_VM: Tensor) -> bool:
     return weight_VM.dtype == torch.float32 and can_run()
 
 
-# S=scored tokens, M=hidden size, V=vocabulary
+# S=scored tokens, M=hidden size, V=vocabulary, C=slices of it
 def cross_entropy(
     hidden_SM: Tensor,
     weight_VM: Tensor,
@@ -98,11 +101,12 @@ def cross_entropy(
     words_SW = F.pad(hidden_SM, (0, 0, 0, missing)).contiguous().view(torch.int32)
     states_PWL = words_SW.unflatten(0, (-1, _LANES)).transpose(1, 2).contiguous()
     targets = F.pad(targets_S, (0, missing)).contiguous()
-    highest_S = torch.full(targets.shape, torch.finfo(torch.float32).min)
-    total_S, picked_S = torch.zeros_like(highest_S), torch.zeros_like(highest_S)
+    highest_CS = torch.full((_SLICES, len(targets)), torch.finfo(torch.float32).min)
+    total_CS, picked_S = torch.zeros_like(highest_CS), torch.zeros(len(targets))
     bias = None if bias_V is None else bias_V.float().contiguous()
     work = _Losses(
-        *map(_address, (states_PWL, weight_VM, bias, targets, highest_S, total_S, picked_S)),
+        *map(_address, (states_PWL, weight_VM, bias, targets, highest_CS, total_CS, picked_S)),
+        slices=_SLICES,
         panels=len(states_PWL),
         vocabulary=len(weight_VM),
         depth=words_SW.shape[1],
@@ -112,12 +116,13 @@ def cross_entropy(
     )
     _run("cherry_losses", work)
     # The loss of a token that is all but certain would be lost in the rounding of two large logits.
-    loss_S = F.softplus(highest_S + total_S.log() - picked_S)
+    others_S = torch.logsumexp(highest_CS + total_CS.log(), dim=0)
+    loss_S = F.softplus(others_S - picked_S)
     return torch.where(picked_S == torch.inf, torch.nan, loss_S)[: len(targets_S)]
 
 
 # H=heads, K=key/value heads, T=tokens of the pack, D=head dimension
-def take_attention(query_HTD: Tensor) -> bool:
+def takes_attention(query_HTD: Tensor) -> bool:
     """Whether there is a kernel for attention here; it gives no gradients."""
     return query_HTD.device.type == "cpu" and not torch.is_grad_enabled() and can_run()
 
@@ -130,8 +135,13 @@ def attention(
     Scores, weights and sums are float32, whatever goes in.
 
     Raises:
+        ValueError: Heads do not share keys evenly, or there is not a sink for each.
         MemoryError: There is none for the scores of a few queries.
     """
+    if len(query_HTD) % len(key_KTD) or sum(pack.lengths) != query_HTD.shape[1]:
+        raise ValueError(f"heads {len(query_HTD)} and {len(key_KTD)}, {query_HTD.shape[1]} tokens")
+    if asked.sinks_H is not None and len(asked.sinks_H) != len(query_HTD):
+        raise ValueError(f"{len(asked.sinks_H)} sinks of {len(query_HTD)} heads")
     query_HTD = query_HTD.float()
     if query_HTD.stride(2) != 1:
         query_HTD = query_HTD.contiguous()
@@ -218,21 +228,25 @@ def _library() -> ctypes.CDLL | None:
     flags = ["-m" + each.replace("_", "") for each in needed]
     if _has_bfloat16():
         flags.append("-mavx512bf16")
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    found = filter(shutil.which, ("cc", "gcc", "clang"))
+    compiler = os.environ.get("CC", "").strip() or next(found, None)
     try:
         if compiler is None:
             raise FileNotFoundError("there is no C compiler")
         with tempfile.TemporaryDirectory(prefix="cherry-kernels-") as folder:
             built = f"{folder}/cpu_kernels.so"
-            command = [*compiler.split(), "-O3", *flags, "-shared", "-fPIC", *_SOURCES, "-o", built]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            # Floats and pairs of bfloat16 are both read as words.
+            flags += ["-O3", "-fno-strict-aliasing", "-shared", "-fPIC"]
+            command = [*compiler.split(), *flags, *_SOURCES, "-o", built]
+            subprocess.run(command, check=True, capture_output=True, errors="replace", timeout=300)
             _ = _openmp().GOMP_parallel
             return ctypes.CDLL(built)
-    except (OSError, AttributeError, subprocess.CalledProcessError) as err:
+    except (OSError, AttributeError, subprocess.SubprocessError) as err:
         said = (getattr(err, "stderr", "") or str(err)).strip().splitlines()
         log.warning(
             "kernels for this CPU cannot be compiled (%s); scoring runs without them, slower. "
-            "They need a C compiler on the nodes: gcc from version 10 on, or clang from 9 on.",
+            "They need a C compiler on the nodes, gcc from version 10 or clang from 9 on, and a "
+            "temporary directory (TMPDIR) that programs can run from.",
             said[0] if said else type(err).__name__,
         )
         return None

@@ -11,7 +11,6 @@ Source: the tile, Goto and van de Geijn, Anatomy of high-performance matrix mult
 
 #include <immintrin.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 enum { WIDTH = 16, VECTORS = 4, LANES = WIDTH * VECTORS, ROWS = 6 };
 /* 24 of the 32 registers hold sums. */
@@ -49,21 +48,7 @@ static inline __attribute__((always_inline)) void tile(
             _mm512_storeu_ps(out + r * out_stride + WIDTH * v, sum[r][v]);
 }
 
-/* A tile of floats, of no more vectors than `count` lanes need. */
-static void narrow_tile(
-    int64_t count, const uint32_t *const rows[ROWS], const float *lanes, int64_t lane_stride,
-    int64_t depth, float *out, int64_t out_stride, int accumulate)
-{
-    const uint32_t *words = (const uint32_t *)lanes;
-    switch ((count + WIDTH - 1) / WIDTH) {
-    case 1: tile(0, 1, rows, words, lane_stride, depth, out, out_stride, accumulate); break;
-    case 2: tile(0, 2, rows, words, lane_stride, depth, out, out_stride, accumulate); break;
-    case 3: tile(0, 3, rows, words, lane_stride, depth, out, out_stride, accumulate); break;
-    default: tile(0, VECTORS, rows, words, lane_stride, depth, out, out_stride, accumulate);
-    }
-}
-
-/* e^x for x <= 0, within 1e-7 relative; NaN stays. Coefficients: Cephes, expf. */
+/* e^x for x <= 0, within 2e-7 relative; NaN stays. Coefficients: Cephes, expf. */
 static inline __m512 exponential(__m512 x)
 {
     const __m512 n = _mm512_roundscale_ps(

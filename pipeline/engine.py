@@ -107,7 +107,7 @@ class Engine:
             max_batch_tokens: Budget of a pack.
             max_length: Longest sequence that will come, in tokens; None is the model's positions.
             share: Work to do once for several; scores agree within rounding.
-            compiled: What to fuse that is not matrix product, as `compile_layers` has it.
+            compiled: As `compile_layers`.
             device_share: How much of the device is this engine's, where several share it.
         """
         self.model = model.eval()

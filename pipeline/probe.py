@@ -49,6 +49,14 @@ _PROBE_HEAD = 8
 """Tokens compared behind a boundary, where what leaks through it is strongest."""
 
 
+_LESS_AND_LESS: dict[Compiled, tuple[Compiled, ...]] = {
+    True: (True, "auto", False),
+    "auto": ("auto", False),
+    False: (False,),
+}
+"""What is compiled: as much as is asked for, or what of it does not change the scores."""
+
+
 class Way(NamedTuple):
     """How a model is run."""
 
@@ -59,7 +67,7 @@ class Way(NamedTuple):
 
 
 def find_way(model: Any, max_length: int | None, *, sharing: bool, compiled: Compiled) -> Way:
-    """Take packs and compiled layers, or what of them a model can have.
+    """Take packs, kernels and compiled layers, or what of them a model can have.
 
     Compiles its layers in place, or leaves them as they are written.
 
@@ -73,16 +81,18 @@ def find_way(model: Any, max_length: int | None, *, sharing: bool, compiled: Com
         ModelError: The model is not causal.
     """
     name = type(model).__name__
-    kernels = compile_layers(model, compiled)
-    fault = find_fault(model, max_length, sharing=sharing, compiled=kernels)
-    if fault and kernels:
-        run_as_written(model)
-        fault_of_compiled, kernels = fault, False
-        fault = find_fault(model, max_length, sharing=sharing)
+    fault = None
+    for less in _LESS_AND_LESS[compiled]:
+        compiled_fault, kernels = fault, compile_layers(model, less)
+        fault = find_fault(model, max_length, sharing=sharing, compiled=kernels)
         if fault is None:
-            log.warning("%s: %s; nothing runs compiled, which is slower", name, fault_of_compiled)
-    if fault is None:
-        return Way(packed=True, compiled=kernels)
+            if compiled_fault:
+                what = "its layers run uncompiled" if kernels else "nothing runs compiled"
+                log.warning("%s: %s; %s, which is slower", name, compiled_fault, what)
+            return Way(packed=True, compiled=kernels)
+        run_as_written(model)
+        if not kernels:  # it is not what was compiled
+            break
     together = _padding_is_right(model, max_length)
     instead = "in padded batches" if together else "each sequence alone, as padding changes it,"
     log.warning("%s: %s; scoring %s instead, which is slower", name, fault, instead)

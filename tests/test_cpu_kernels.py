@@ -11,7 +11,7 @@ from test_engine import FAMILIES, oracle, sequences_of
 from torch import Tensor
 
 from pipeline import attention, cpu_kernels
-from pipeline.compiled import _why_not
+from pipeline.compiled import _why_not, repeated_layers
 from pipeline.engine import Engine
 from pipeline.grouped_attention import Asked
 from pipeline.packing import Pack
@@ -285,6 +285,45 @@ def test_a_kernel_that_is_wrong_is_noticed(
     assert "nothing runs compiled" in caplog.text
     for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+def test_layers_that_are_wrong_leave_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(graph: torch.fx.GraphModule, _: object) -> object:
+        return lambda *inputs: tuple(
+            1.5 * x if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in graph.forward(*inputs)
+        )
+
+    def compile_layers(model: torch.nn.Module, compiled: object) -> bool:
+        if compiled is True:
+            for layer in repeated_layers(model):
+                layer.compile(backend=wrong)
+        return bool(compiled)
+
+    torch.compiler.reset()
+    monkeypatch.setattr("pipeline.probe.compile_layers", compile_layers)
+    model = tiny_model("Llama")
+    sequences = sequences_of([40, 3])
+    engine = Engine(model, compiled=True)
+    assert (engine.mode, engine.compiled) == ("packed", True)
+    assert "its layers run uncompiled" in caplog.text
+    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "sinks", "said"),
+    [(5, 2, None, "heads 5 and 2"), (2, 4, None, "heads 2 and 4"), (4, 2, 1, "1 sinks of 4")],
+)
+def test_attention_that_does_not_fit_together_is_refused(
+    heads: int, shared: int, sinks: int | None, said: str
+) -> None:
+    query, key, value = (torch.randn(count, 9, 8) for count in (heads, shared, shared))
+    asked = Asked(1.0, None, None, None if sinks is None else torch.randn(sinks))
+    with pytest.raises(ValueError, match=said):
+        cpu_kernels.attention(query, key, value, Pack((9,)), asked)
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "it fails", "no OpenMP"])
