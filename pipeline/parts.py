@@ -6,8 +6,8 @@ Without torch or transformers: a worker that commits starts in a second.
 import io
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,13 +41,16 @@ class UnitDone:
     """Why the unit has no part."""
     failure_kind: str | None
     """The class in errors.py that says so."""
+    warnings: Sequence[str] = ()
+    """What its scoring process warned of as it made the model resident."""
 
 
 def commit_unit(batch: pa.Table, scores_url: str, rescored: bool) -> pa.Table:
     """The last stage: publish a unit's part, and say what was done."""
     unit = Unit.from_json(batch["unit"][0].as_py())
     failure, kind = (batch[name][0].as_py() for name in ("failure", "failure_kind"))
-    known = {name: batch[name][0].as_py() for name in ("num_tokens", "rows_reused", "started")}
+    names = ("num_tokens", "rows_reused", "started", "warnings")
+    known = {name: batch[name][0].as_py() for name in names}
     try:
         if failure:
             done = failed(unit, failure, kind)
@@ -69,11 +72,12 @@ def publish_part(
     num_tokens: int,
     rows_reused: int,
     started: float,
+    warnings: Sequence[str] = (),
 ) -> UnitDone:
     """Publish a unit's part, whole and only if absent; a rescored one replaces its own."""
     publish = storage.replace if rescored else storage.publish
     publish(unit.part_url(scores_url), to_parquet(part))
-    return _done(unit, part, num_tokens, rows_reused, started)
+    return replace(_done(unit, part, num_tokens, rows_reused, started), warnings=warnings)
 
 
 def find_parts(units: Iterable[Unit], scores_url: str) -> Iterator[UnitDone]:
@@ -146,5 +150,6 @@ _DONE = pa.schema(
         ("over_one", pa.int64()),
         ("failure", pa.string()),
         ("failure_kind", pa.string()),
+        ("warnings", pa.list_(pa.string())),
     ]
 )

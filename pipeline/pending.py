@@ -78,9 +78,14 @@ def _score_units(
         rescore=rescore,
     )
     done = []
+    told: set[str] = set()
     for unit in recovery.score_units(pending, scoring):
         if unit.failure:
             _raise_failure(unit, job.config.input.on_bad_shard)
+        for warning in unit.warnings:
+            if warning not in told:  # each process says it
+                log.warning("%s", warning)
+        told.update(unit.warnings)
         done.append(unit)
         pace.add(unit)
         progress.unit(pace)

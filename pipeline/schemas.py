@@ -1,5 +1,6 @@
 """The tables that stages hand to each other and to storage, in one place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,7 @@ def hand_on(
     num_tokens: int = 0,
     rows_reused: int = 0,
     started: float = 0.0,
+    warnings: Sequence[str] = (),
     failure: CherryError | None = None,
 ) -> pa.Table:
     """One unit as one row, as it goes from stage to stage."""
@@ -184,6 +186,7 @@ def hand_on(
             "num_tokens": pa.array([num_tokens], pa.int64()),
             "rows_reused": pa.array([rows_reused], pa.int64()),
             "started": pa.array([started], pa.float64()),
+            "warnings": pa.array([list(warnings)], pa.list_(pa.string())),
             "failure": pa.array([failure and str(failure)], pa.string()),
             "failure_kind": pa.array([failure and type(failure).__name__], pa.string()),
         }

@@ -15,6 +15,7 @@ its turn: recovery.py tries it again.
 
 import functools
 import gc
+import logging
 import os
 import queue
 import threading
@@ -22,6 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -181,6 +183,7 @@ class UnitScorer:
         for ever.
         """
         self._scoring = scoring
+        self._warnings: list[str] = []
         keep_freed_memory()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -205,6 +208,7 @@ class UnitScorer:
             num_tokens=num_tokens,
             rows_reused=len(reused),
             started=started,
+            warnings=self._warnings,
         )
 
     def score(self, unit: str, tokens: pa.Table, reused: pa.Table) -> tuple[pa.Table, int, float]:
@@ -250,7 +254,7 @@ class UnitScorer:
         """The engine, and what the tokenizer puts before a text."""
         settings = self._scoring.settings
         dtype: torch.dtype = getattr(torch, settings.dtype)
-        with deadline(LOAD_TIMEOUT_S):
+        with deadline(LOAD_TIMEOUT_S), _overheard() as self._warnings:
             model = models.load(
                 settings.model,
                 dtype,
@@ -270,3 +274,17 @@ class UnitScorer:
         gc.collect()
         gc.freeze()
         return engine, renderer(settings).prefix_ids
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """What this process warns of meanwhile: its log is far from who started the run."""
+    said: list[str] = []
+    log = logging.getLogger("cherry")
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(listener)
+    try:
+        yield said
+    finally:
+        log.removeHandler(listener)

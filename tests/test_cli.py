@@ -22,7 +22,7 @@ from conftest import REPOSITORY, ROWS, S3, read_parts, write_parquet
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipeline import __version__, cluster, report, terminal, texts
+from pipeline import __version__, cluster, cpu_kernels, report, terminal, texts
 from pipeline.cli import app
 from pipeline.layouts import Columns
 from pipeline.units import Plan, Unit
@@ -431,6 +431,21 @@ def test_exit_3_when_a_shard_was_skipped(job: Path, corpus: Path, ray_local: Non
     trained = cherry("train", job, "--set=input.on_bad_shard=skip", "--set=train={}", "--json")
     assert trained.exit_code == 3, trained.stderr
     assert json.loads(trained.stdout)["skipped_shards"] == summary["skipped_shards"]
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not cpu_kernels.can_run(), reason="needs a CPU with AVX-512 and a C compiler")
+def test_what_scoring_processes_warn_of_is_said_once(job: Path) -> None:
+    here = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "score", job, "--set=score.unit_rows=1"],
+        cwd=REPOSITORY, env=here | {"CC": "no-such-compiler"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert said.count("kernels for this CPU cannot be compiled") == 1, done.stderr
+    assert "no-such-compiler" in said
 
 
 @pytest.mark.ray
