@@ -1,8 +1,8 @@
 """What is compiled: kernels of our own, and layers, in which torch.compile fuses what it can.
 
 A layer is compiled once for all layers of its kind and all sizes of packs; attention stays as it is
-(attention.py). A CPU gains a tenth by it, for a quarter of a minute of compiling in each process,
-and so is asked for it or left alone.
+(attention.py). A CPU gains less than a short run loses by compiling, and is left alone unless it is
+asked for.
 """
 
 import functools

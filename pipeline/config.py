@@ -99,8 +99,8 @@ class ScoreConfig(Section):
     1e-5 in float32; `[]` computes everything plainly."""
     compile: Literal["auto"] | bool = "auto"
     """What is compiled on the nodes, by a C compiler: `auto` is our own kernels and, on GPUs, the
-    model's layers. `true` is layers on CPUs, too, which takes a C++ compiler and a quarter of a
-    minute for each actor. Scores agree within 1e-5 in float32."""
+    model's layers. `true` is layers on CPUs, too, which takes a C++ compiler and some time at the
+    start of each actor. Scores agree within 1e-5 in float32."""
     unit_rows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Rows of a work unit. `auto` aims at tens of seconds from footer and model size alone."""
     reuse: Literal["rows", "units"] = "rows"

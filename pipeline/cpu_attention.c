@@ -30,8 +30,8 @@ struct piece {
 
 struct attention {
     const float *query; /* (heads, tokens, depth), by its strides */
-    const float *key;   /* (shared heads, depth, key_stride); LANES past the tokens are read */
-    const float *value; /* (shared heads, tokens, value_depth); LANES past the end are read */
+    const float *key;   /* (shared heads, depth, key_stride), the stride WIDTH past the tokens */
+    const float *value; /* (shared heads, tokens, value_depth), and WIDTH more */
     void *output;       /* (tokens, heads, value_depth): bfloat16 if `half`, or float32 */
     const float *sinks; /* (heads), or NULL */
     const struct piece *pieces;
@@ -166,7 +166,7 @@ void cherry_attention(struct attention *of)
     int64_t item, longest = 0;
     for (const struct piece *each = of->pieces; each < of->pieces + of->num_pieces; each++)
         longest = larger(longest, each->past + each->end - each->own);
-    const int64_t stride = longest + LANES;
+    const int64_t stride = longest + WIDTH;
     float *scores = malloc(sizeof(float) * (size_t)(ROWS * stride));
     if (!scores) {
         of->failed = 1;

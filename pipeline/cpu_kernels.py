@@ -1,7 +1,7 @@
 """Losses and attention of CPUs with AVX-512: kernels in C, compiled when a process first asks.
 
-That takes a C compiler and about a second. Without one PyTorch does the same, slower. Both kernels
-are matrix products whose results are used up where they are made, and both sum up in float32::
+That takes a C compiler. Without one PyTorch does the same, slower. Both kernels are matrix products
+whose results are used up where they are made, and both sum up in float32::
 
     cpu_tile.h          what multiplies
     cpu_losses.c        hidden states and the vocabulary in, losses out, no logits
@@ -29,7 +29,10 @@ log = logging.getLogger("cherry")
 
 _SOURCES = [str(Path(__file__).with_name(name)) for name in ("cpu_losses.c", "cpu_attention.c")]
 _LANES = 64
-"""Values that a tile has side by side, and that may be read past the end."""
+"""Values that a tile has side by side."""
+
+_WIDTH = 16
+"""Values of a vector. Fewer than so many are read past the end."""
 
 _SLICES = 4
 """Of the vocabulary, for different threads: tokens alone would not keep many of them busy."""
@@ -88,16 +91,7 @@ def cross_entropy(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Negative log-likelihood of the targets, in nats, float32 (S,).
-
-    Args:
-        hidden_SM: float32 or bfloat16 (`takes_losses`).
-        weight_VM: Likewise, contiguous.
-        bias_V: Added to the logits, or None.
-        targets_S: int64.
-        scale: Logits are multiplied by it.
-        softcap: Then they become `softcap * tanh(logit / softcap)`; None leaves them.
-    """
+    """As `projection_kernel.cross_entropy`, of float32 or bfloat16: what `takes_losses` takes."""
     missing = -len(targets_S) % _LANES
     words_SW = F.pad(hidden_SM, (0, 0, 0, missing)).contiguous().view(torch.int32)
     states_PWL = words_SW.unflatten(0, (-1, _LANES)).transpose(1, 2).contiguous()
@@ -136,7 +130,7 @@ def attention(
     Scores, weights and sums are float32, whatever goes in.
 
     Raises:
-        ValueError: Heads do not share keys evenly, or there is not a sink for each.
+        ValueError: Heads do not share keys evenly, or lack a sink, or the pack has other tokens.
         MemoryError: There is none for the scores of a few queries.
     """
     if len(query_HTD) % len(key_KTD) or sum(pack.lengths) != query_HTD.shape[1]:
@@ -149,11 +143,11 @@ def attention(
     num_heads, num_tokens, depth = query_HTD.shape
     num_shared, value_depth = len(key_KTD), value_KTD.shape[2]
     # An odd number of cache lines from one to the next, or all would fall in the same place.
-    key_stride = num_tokens + -num_tokens % 32 + _LANES + 16
+    key_stride = num_tokens + -num_tokens % (2 * _WIDTH) + _WIDTH
     key_KDS = query_HTD.new_empty(num_shared, depth, key_stride)
     key_KDS[:, :, :num_tokens] = key_KTD.transpose(1, 2)
-    value = query_HTD.new_empty(num_shared * num_tokens * value_depth + _LANES)
-    value[:-_LANES].view_as(value_KTD).copy_(value_KTD)
+    value = query_HTD.new_empty(num_shared * num_tokens * value_depth + _WIDTH)
+    value[:-_WIDTH].view_as(value_KTD).copy_(value_KTD)
     half = value_KTD.dtype == torch.bfloat16 and _has_bfloat16()
     output_THD = value.new_empty(
         num_tokens, num_heads, value_depth, dtype=torch.bfloat16 if half else torch.float32

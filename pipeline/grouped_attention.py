@@ -1,7 +1,8 @@
 """Attention of a pack in plain products: stretches of like length together, float32 scores.
 
-For CPUs, for float32, and for what fused kernels do not take: soft-caps and sinks. Stretches that
-continue a parent (see packing.py) see its keys before their own::
+For training, for CPUs without kernels of our own, for float32 on a GPU, and for what fused kernels
+do not take: soft-caps and sinks. Stretches that continue a parent (see packing.py) see its keys
+before their own::
 
     scores of a group      parent's keys | own keys
                             . . . .      | .

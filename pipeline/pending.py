@@ -83,9 +83,9 @@ def _score_units(
         if unit.failure:
             _raise_failure(unit, job.config.input.on_bad_shard)
         for warning in unit.warnings:
-            if warning not in told:  # each process says it
+            if warning not in told:  # each unit brings what its process said
+                told.add(warning)
                 log.warning("%s", warning)
-        told.update(unit.warnings)
         done.append(unit)
         pace.add(unit)
         progress.unit(pace)

@@ -1,17 +1,23 @@
 """Losses and attention in C, against float64 written out; and what runs where they cannot."""
 
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_model
 from test_engine import FAMILIES, oracle, sequences_of
+from test_projection import ANY_KERNEL, SIZES, kernel_and_float64
 from torch import Tensor
 
 from pipeline import attention, cpu_kernels
-from pipeline.compiled import _why_not, repeated_layers
+from pipeline.compiled import _why_not, compile_layers, repeated_layers
 from pipeline.engine import Engine
 from pipeline.grouped_attention import Asked
 from pipeline.packing import Pack
@@ -31,13 +37,11 @@ HALF = pytest.param(
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(
-    ("states", "depth", "vocabulary", "biased", "transform"),
+    SIZES,
     [
+        *ANY_KERNEL,
         pytest.param(1, 2, 1, False, LogitTransform(), id="one-entry"),
-        pytest.param(1, 64, 256, False, LogitTransform(), id="one-state"),
-        pytest.param(65, 100, 1001, True, LogitTransform(0.25), id="odd-sizes-bias-scale"),
         pytest.param(700, 32, 5, False, LogitTransform(), id="more-panels-than-an-item"),
-        pytest.param(7, 2304, 1000, False, LogitTransform(1.0, 30.0), id="soft-cap"),
         pytest.param(130, 576, 49153, False, LogitTransform(), id="large-vocabulary"),
     ],
 )
@@ -49,17 +53,13 @@ def test_losses_equal_float64(
     biased: bool,
     transform: LogitTransform,
 ) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(states, depth).to(dtype)
-    weight = (torch.randn(vocabulary, depth) * 3 / depth**0.5).to(dtype)
-    bias = torch.randn(vocabulary).to(dtype) if biased else None
-    targets = torch.randint(vocabulary, (states,))
-    targets[-1] = vocabulary - 1
-    logits = hidden.double() @ weight.double().T + (bias.double() if bias is not None else 0)
-    expected = torch.nn.functional.cross_entropy(transform(logits), targets, reduction="none")
-    found = cpu_kernels.cross_entropy(hidden, weight, bias, targets, *transform)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    losses, expected = kernel_and_float64(
+        cpu_kernels.cross_entropy,
+        dtype,
+        torch.device("cpu"),
+        *(states, depth, vocabulary, biased, transform),
+    )
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_the_loss_of_what_is_all_but_certain_keeps_its_digits() -> None:
@@ -150,6 +150,7 @@ LONG = Pack((70, 530, 3), (-1, 0, 0))
         pytest.param(LONG, 2, 1, 16, 16, Asked(0.3, None, None, None), id="several-pieces"),
         pytest.param(LONG, 2, 1, 16, 16, Asked(0.3, 90, None, None), id="window-over-pieces"),
         pytest.param(Pack((1,)), 2, 1, 16, 16, Asked(0.3, None, None, None), id="one-token"),
+        pytest.param(Pack((1, 31)), 2, 1, 16, 16, Asked(0.3, None, None, None), id="whole-lines"),
     ],
 )
 def test_attention_equals_float64(
@@ -201,6 +202,29 @@ def test_what_is_no_number_reaches_no_stretch_that_does_not_continue_it(spoiled:
             assert found[part].isnan().all()
         else:
             assert torch.equal(found[part], whole[part])
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_nothing_is_read_or_written_past_its_end() -> None:
+    """The numbers above once more, with every access of the kernels checked."""
+    asked = subprocess.run(
+        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    )
+    sanitizer = asked.stdout.strip()
+    if not Path(sanitizer).is_absolute():
+        pytest.skip("needs gcc's AddressSanitizer")
+    checked = {
+        "CC": "gcc -fsanitize=address",
+        "LD_PRELOAD": sanitizer,
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    tests = "float64 or any_order or no_number or certain or cannot_be"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-qs", "-k", tests, "-p", "no:faulthandler"],
+        env=os.environ | checked, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout  # and not all left out, as without kernels
 
 
 @pytest.fixture
@@ -352,15 +376,28 @@ def test_without_kernels_scores_are_the_same(
         cpu_kernels._library.cache_clear()
 
 
-def test_weights_that_the_kernel_does_not_take_go_another_way() -> None:
+def test_weights_that_the_kernel_does_not_take_go_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model("Llama", hidden_size=32)
     assert Projection(model, compiled=True)._kernel() is cpu_kernels.cross_entropy
     assert Projection(model, compiled=False)._kernel() is None
     assert Projection(model.half(), compiled=True)._kernel() is None
     assert not cpu_kernels.takes_losses(torch.zeros(5, 3, dtype=torch.bfloat16))  # no whole words
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)  # oneDNN is faster
+    assert not cpu_kernels.takes_losses(torch.zeros(5, 4, dtype=torch.bfloat16))
+    assert cpu_kernels.takes_losses(torch.zeros(5, 4))
     model = tiny_model("Llama")
     model.lm_head.weight.data = model.lm_head.weight.data.T.contiguous().T
     assert Projection(model, compiled=True)._kernel() is None
+
+
+def test_a_model_over_several_devices_is_left_as_it_is() -> None:
+    devices = (torch.device("cpu"), torch.device("cpu:0"))
+    parameters = [SimpleNamespace(device=device) for device in devices]
+    spread = SimpleNamespace(parameters=lambda: parameters)
+    assert not compile_layers(spread, "auto")
+    assert compile_layers(SimpleNamespace(parameters=lambda: parameters[:1]), "auto")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

@@ -1,5 +1,8 @@
 """From hidden states to losses: logits in tiles, and the kernel that writes none."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -63,14 +66,20 @@ def test_the_loss_of_what_is_all_but_certain_keeps_its_digits(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-7)
 
 
+SIZES = ("states", "depth", "vocabulary", "biased", "transform")
+ANY_KERNEL = [
+    pytest.param(1, 64, 256, False, LogitTransform(), id="one-state"),
+    pytest.param(129, 100, 1001, True, LogitTransform(0.25), id="odd-sizes-bias-scale"),
+    pytest.param(7, 2304, 1000, False, LogitTransform(1.0, 30.0), id="soft-cap"),
+]
+
+
 @pytest.mark.parametrize(
-    ("states", "depth", "vocabulary", "biased", "transform"),
+    SIZES,
     [
-        pytest.param(1, 64, 256, False, LogitTransform(), id="one-state"),
-        pytest.param(129, 100, 1000, True, LogitTransform(0.25), id="odd-sizes-bias-scale"),
+        *ANY_KERNEL,
         pytest.param(1200, 64, 700, False, LogitTransform(), id="two-launches"),
         pytest.param(1100, 32, 300, False, LogitTransform(), id="more-tiles-than-a-group"),
-        pytest.param(7, 2304, 1000, False, LogitTransform(1.0, 30.0), id="soft-cap"),
     ],
 )
 def test_the_kernel_equals_float64(
@@ -86,7 +95,7 @@ def test_the_kernel_equals_float64(
 
     launch = 1024 if states == 1200 else 8192
     monkeypatch.setattr(pipeline.projection_kernel, "_ROWS", launch)
-    compare_kernel(kernel_device, states, depth, vocabulary, biased, transform)
+    compare_triton(kernel_device, states, depth, vocabulary, biased, transform)
 
 
 @pytest.mark.gpu
@@ -102,22 +111,30 @@ def test_the_kernel_equals_float64(
 def test_the_kernel_equals_float64_at_full_size(
     states: int, depth: int, vocabulary: int, transform: LogitTransform
 ) -> None:
-    compare_kernel(torch.device("cuda"), states, depth, vocabulary, False, transform)
+    compare_triton(torch.device("cuda"), states, depth, vocabulary, False, transform)
 
 
-def compare_kernel(
+def compare_triton(device: torch.device, *sizes: Any) -> None:
+    from pipeline.projection_kernel import cross_entropy
+
+    # Triton's interpreter has no products of bfloat16.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    losses, expected = kernel_and_float64(cross_entropy, dtype, device, *sizes)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
+
+
+def kernel_and_float64(
+    cross_entropy: Callable[..., Tensor],
+    dtype: torch.dtype,
     device: torch.device,
     states: int,
     depth: int,
     vocabulary: int,
     biased: bool,
     transform: LogitTransform,
-) -> None:
-    from pipeline.projection_kernel import cross_entropy
-
+) -> tuple[Tensor, Tensor]:
+    """Losses of random states, by a kernel and written out, both in float64."""
     torch.manual_seed(0)
-    # Triton's interpreter has no products of bfloat16.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     hidden = torch.randn(states, depth, device=device).to(dtype)
     weight = (torch.randn(vocabulary, depth, device=device) * depth**-0.5 * 3).to(dtype)
     bias = torch.randn(vocabulary, device=device).to(dtype) if biased else None
@@ -131,5 +148,5 @@ def compare_kernel(
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     pieces = zip(hidden.split(1000), targets.split(1000), strict=True)  # float64 of a part fits
-    expected = torch.cat([exact(*piece) for piece in pieces])
-    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-4)
+    assert losses.dtype == torch.float32
+    return losses.double(), torch.cat([exact(*piece) for piece in pieces])
