@@ -54,9 +54,7 @@ class UnsupportedAttentionError(ValueError):
     """A layer asks for something that packed attention does not do."""
 
 
-# Compiled layers break here and go on behind it (compiled.py): a pack is no tensor.
 # H=heads, K=key/value heads, T=tokens of the pack, D=head dimension
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query_1HTD: Tensor,
@@ -104,20 +102,57 @@ def packed_attention(
         )
     if not getattr(module, "is_causal", True) or rest.get("is_causal") is False:
         raise UnsupportedAttentionError(f"{type(module).__name__} is not causal")
-    if not query_1HTD.shape[2] == key_1KTD.shape[2] == sum(cherry_pack.lengths):
-        raise UnsupportedAttentionError(f"{type(module).__name__} has keys that are no tokens")
-    cherry_pack.windows.add(sliding_window)
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-    asked = Asked(scale, sliding_window, softcap, s_aux)
+    asked = scale, sliding_window, softcap, s_aux
+    tensors = query_1HTD, key_1KTD, value_1KTD
+    if torch.compiler.is_compiling():
+        return _attend_compiled(*tensors, cherry_pack.handle, *asked, cherry_kernels), None
+    return _attend(*tensors, cherry_pack, Asked(*asked), cherry_kernels), None
+
+
+def _attend(
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    pack: Pack,
+    asked: Asked,
+    kernels: bool,
+) -> Tensor:
+    if not query_1HTD.shape[2] == key_1KTD.shape[2] == sum(pack.lengths):
+        raise UnsupportedAttentionError("there are keys that are no tokens")
+    pack.windows.add(asked.sliding_window)
     attend = grouped_attention
     if asked.fused and _varlen_takes(query_1HTD, value_1KTD):
         attend = _varlen
-    elif cherry_kernels and cpu_kernels.takes_attention(query_1HTD):
+    elif kernels and cpu_kernels.takes_attention(query_1HTD):
         attend = cpu_kernels.attention
     # Each rounds what it may; autocast would round the scores as well.
     with torch.autocast(query_1HTD.device.type, enabled=False):
-        output_THD = attend(query_1HTD[0], key_1KTD[0], value_1KTD[0], cherry_pack, asked)
-    return output_THD[None], None
+        return attend(query_1HTD[0], key_1KTD[0], value_1KTD[0], pack, asked)[None]
+
+
+@torch.library.custom_op("cherry::attend", mutates_args=())
+def _attend_compiled(
+    query_1HTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    handle: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    kernels: bool,
+) -> Tensor:
+    """`_attend` as a compiled layer has it in its graph, which takes nothing but tensors."""
+    asked = Asked(scale, sliding_window, softcap, sinks_H)
+    pack = Pack.of_handle(handle)
+    return _attend(query_1HTD, key_1KTD, value_1KTD, pack, asked, kernels).contiguous()
+
+
+@_attend_compiled.register_fake
+def _(query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, *_: Any) -> Tensor:
+    num_heads, num_tokens = query_1HTD.shape[1:3]
+    return value_1KTD.new_empty(1, num_tokens, num_heads, value_1KTD.shape[-1])
 
 
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:

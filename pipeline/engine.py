@@ -35,7 +35,7 @@ from pipeline.forward import (
     longest_together,
     run_padded,
 )
-from pipeline.packing import Laid, costs, lay_out, plan_packs, plan_padded
+from pipeline.packing import Laid, costs, lay_out, plan_packs, plan_padded, ranges
 from pipeline.probe import find_way
 from pipeline.projection import Projection
 from pipeline.sharing import SHARES, Prefix, Share, TokenIds, find_equal, find_prefixes
@@ -160,12 +160,10 @@ class Engine:
         same_as = list(range(len(sequences)))
         if "equal" in self.share:
             same_as = find_equal([s.input_ids for s in sequences], [s.spans for s in sequences])
-        known = []
-        for index in sorted(set(same_as)):
-            if sequences[index].input_ids.max(initial=0) < self._num_embeddings:
-                known.append(index)
-            else:
-                results[index] = SequenceLoss(error="UnknownToken")
+        first = sorted(set(same_as))
+        lacks = _find_lacking([sequences[i].input_ids for i in first], self._num_embeddings)
+        results |= {first[at]: SequenceLoss(error="UnknownToken") for at in lacks}
+        known = [index for index in first if index not in results]
         parts = _split(known, [len(sequences[i].input_ids) for i in known])
         passes = itertools.chain.from_iterable(
             self._passes(part, [sequences[i] for i in part], hidden) for part in parts
@@ -222,25 +220,23 @@ class Engine:
             return plan_padded(costs(lengths, budget, self._longest_together), budget)
         return plan_packs(costs(lengths, budget, self._longest_together), budget, prefixes)
 
-    # T=tokens of the pack, S=scored tokens, B=sequences, M=hidden size, V=vocabulary
+    # T=tokens of the pack, S=scored tokens, N=those of all spans, B=sequences, M=hidden size,
+    # V=vocabulary
     def _start(self, laid: Laid, sequences: list[TokenSequence], hidden: bool) -> _Running:
         """Send a pack through the model, without waiting for what comes out."""
-        spans = [
-            (place, start, end)
-            for sequence, place in zip(sequences, laid.places, strict=True)
-            for start, end in sequence.spans
-        ]
-        if not spans:
+        sequence = [at for at, each in enumerate(sequences) for _ in each.spans]
+        if not sequence:
             return _Running(sequences)
-        # The causal shift happens here only: the state at t - 1 predicts token t.
-        before = np.concatenate([place[start - 1 : end - 1] for place, start, end in spans])
+        start, end = np.array([span for each in sequences for span in each.spans]).T
+        sequence_N, token_N = np.repeat(sequence, end - start), ranges(start, end - start)
+        target_N = laid.places(sequence_N, token_N)
         # A token of a prefix, scored for several sequences, meets the vocabulary once.
-        target, first, of_each = np.unique(
-            np.concatenate([place[start:end] for place, start, end in spans]),
-            return_index=True,
-            return_inverse=True,
-        )
-        before_S, target_S = before[first], laid.ids_T[target]
+        before_T = np.full(len(laid.ids_T), -1)
+        # The causal shift happens here only: the state at t - 1 predicts token t.
+        before_T[target_N] = laid.places(sequence_N, token_N - 1)
+        scored_T = before_T >= 0
+        of_each = (np.cumsum(scored_T) - 1)[target_N]
+        before_S, target_S = before_T[scored_T], laid.ids_T[scored_T]
         ids_T = to_device(laid.ids_T, self.device).long()
         if self.mode == "padded":
             lengths = list(laid.pack.lengths)
@@ -256,9 +252,8 @@ class Engine:
         arrived = [nll_S.device]
         mean_BM = None
         if hidden and states_TM is not None:
-            places = to_device(np.concatenate(laid.places), states_TM.device).split(
-                [len(place) for place in laid.places]
-            )
+            each = laid.places_of_each()
+            places = to_device(np.concatenate(each), states_TM.device).split(list(map(len, each)))
             mean_BM = from_device(torch.stack([states_TM[at].float().mean(0) for at in places]))
             arrived.append(states_TM.device)  # of a model spread over several
         nll_S = from_device(nll_S)
@@ -286,6 +281,13 @@ def _finish(running: _Running) -> list[SequenceLoss]:
         )
         for at, sequence in enumerate(running.sequences)
     ]
+
+
+def _find_lacking(sequences: list[TokenIds], num_embeddings: int) -> set[int]:
+    """Those with a token that a model has no embedding for."""
+    ids = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+    ends = np.cumsum([len(each) for each in sequences])
+    return set(np.searchsorted(ends, np.flatnonzero(ids >= num_embeddings), "right").tolist())
 
 
 T = TypeVar("T")

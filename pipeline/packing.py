@@ -10,9 +10,12 @@
 Only attention has to know of parents (see attention.py).
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +45,17 @@ class Pack:
         default_factory=dict, compare=False, repr=False
     )
 
+    def __post_init__(self) -> None:
+        """Give it a handle: int64 (1,), what stands for it where only tensors go."""
+        number = next(_numbers)
+        self.handle = torch.tensor([number])  # no field: FSDP copies those
+        _packs[number] = self
+
+    @staticmethod
+    def of_handle(handle: Tensor) -> "Pack":
+        """The pack whose handle it is."""
+        return _packs[int(handle)]
+
     @property
     def prefix_lengths(self) -> tuple[int, ...]:
         """Tokens that come before each stretch."""
@@ -59,8 +73,17 @@ class Pack:
 
     def positions(self) -> npt.NDArray[np.int64]:
         """Of each token in its sequence, (T,)."""
-        before = zip(self.lengths, self.prefix_lengths, strict=True)
-        return np.concatenate([np.arange(past, past + n) for n, past in before])
+        return ranges(self.prefix_lengths, self.lengths)
+
+    def places(
+        self, stretch_S: npt.NDArray[np.int64], position_S: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Where in the pack are the tokens at these positions of the stretches' sequences."""
+        starts, past = np.array(self.starts), np.array(self.prefix_lengths)
+        own_S = (starts[:-1] - past)[stretch_S]
+        parent_S = starts[np.array(self._parents)][stretch_S]
+        shift_S: npt.NDArray[np.int64] = np.where(position_S < past[stretch_S], parent_S, own_S)
+        return position_S + shift_S
 
     def on(self, device: torch.device) -> "PackTensors":
         """What attention kernels of a device need; made once."""
@@ -74,22 +97,22 @@ class Pack:
 
     def _tensors(self, device: torch.device) -> "PackTensors":
         key_lengths = np.add(self.lengths, self.prefix_lengths)
-        starts = self.starts
         keys = None
         if any(self.prefix_lengths):
-            places = []
-            for start, length, parent in self.stretches:
-                if parent >= 0:
-                    places.append(np.arange(starts[parent], starts[parent + 1]))
-                places.append(np.arange(start, start + length))
-            keys = to_device(np.concatenate(places), device)
+            stretch = np.repeat(np.arange(len(key_lengths)), key_lengths)
+            token = ranges(np.zeros_like(key_lengths), key_lengths)
+            keys = to_device(self.places(stretch, token), device)
         return PackTensors(
-            to_device(np.array(starts, np.int32), device),
+            to_device(np.array(self.starts, np.int32), device),
             to_device(np.cumsum([0, *key_lengths], dtype=np.int32), device),
             max(self.lengths),
             int(max(key_lengths)),
             keys,
         )
+
+
+_numbers = itertools.count()
+_packs: WeakValueDictionary[int, Pack] = WeakValueDictionary()
 
 
 class PackTensors(NamedTuple):
@@ -111,37 +134,52 @@ class Laid(NamedTuple):
     pack: Pack
     ids_T: npt.NDArray[np.int32]
     """Tokens of the pack."""
-    places: list[npt.NDArray[np.int64]]
-    """Of each sequence, where its tokens lie in the pack."""
+    num_shared: int
+    """Stretches that several sequences begin with; behind them comes one of each sequence."""
+
+    def places(
+        self, sequence_S: npt.NDArray[np.int64], token_S: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Where in the pack these tokens of the sequences lie."""
+        return self.pack.places(sequence_S + self.num_shared, token_S)
+
+    def places_of_each(self) -> list[npt.NDArray[np.int64]]:
+        """Of each sequence, where its tokens lie."""
+        lengths = np.add(self.pack.lengths, self.pack.prefix_lengths)[self.num_shared :]
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        places = self.places(sequence, ranges(np.zeros_like(lengths), lengths))
+        return np.split(places, np.cumsum(lengths)[:-1])
 
 
 def lay_out(sequences: Sequence[TokenIds], prefixes: Sequence[Prefix | None]) -> Laid:
     """Lay sequences end to end: the prefixes that several of them have, then the rest of each."""
-    counts: dict[Prefix, int] = {}
-    for prefix in prefixes:
-        if prefix is not None:
-            counts[prefix] = counts.get(prefix, 0) + 1
-    shared: dict[Prefix, int] = {}  # the stretch of each
+    counts = Counter(prefixes)
+    shared: dict[Prefix | None, int] = {}  # the stretch of each
     stretches: list[TokenIds] = []
     for ids, prefix in zip(sequences, prefixes, strict=True):
         if prefix is not None and counts[prefix] > 1 and prefix not in shared:
             shared[prefix] = len(stretches)
             stretches.append(ids[: prefix.length])
-    parents = [-1] * len(stretches)
-    starts = np.cumsum([0, *map(len, stretches)]).tolist()
-    end = starts[-1]
-    places = []
-    for ids, prefix in zip(sequences, prefixes, strict=True):
-        parent = -1 if prefix is None else shared.get(prefix, -1)
-        length = 0 if parent < 0 else len(stretches[parent])
-        own = np.arange(end, end + len(ids) - length)
-        before = own[:0] if parent < 0 else np.arange(starts[parent], starts[parent] + length)
-        places.append(np.concatenate([before, own]))
-        parents.append(parent)
-        stretches.append(ids[length:])
-        end += len(own)
+    num_shared = len(stretches)
+    parents = [-1] * num_shared + [shared.get(prefix, -1) for prefix in prefixes]
+    for ids, parent in zip(sequences, parents[num_shared:], strict=True):
+        stretches.append(ids if parent < 0 else ids[len(stretches[parent]) :])
     pack = Pack(tuple(map(len, stretches)), tuple(parents))
-    return Laid(pack, np.concatenate(stretches), places)
+    return Laid(pack, np.concatenate(stretches), num_shared)
+
+
+Integers = npt.NDArray[np.int64] | Sequence[int]
+
+
+def ranges(starts: Integers, lengths: Integers) -> npt.NDArray[np.int64]:
+    """So many numbers from each start on, one after the other.
+
+    Example:
+        `ranges([5, 0], [2, 3]) -> [5, 6, 0, 1, 2]`
+    """
+    ends = np.cumsum(lengths)
+    shifts: npt.NDArray[np.int64] = np.repeat(np.asarray(starts) - ends + lengths, lengths)
+    return np.arange(len(shifts)) + shifts
 
 
 def costs(lengths: Sequence[int], max_batch_tokens: int, longest_together: int) -> list[int]:
@@ -203,14 +241,17 @@ def plan_packs(
     for prefix, length in zip(prefixes, lengths, strict=True):
         longest[prefix] = max(length, longest.get(prefix, 0))
 
-    def order(index: int) -> tuple[int, Prefix, int, int]:
-        prefix = prefixes[index]
-        return -longest[prefix], prefix or Prefix(-1, 0), -lengths[index], index
-
+    # By the longest of those under one prefix, by prefix, by length; and else as they come.
+    keys = [
+        [-length for length in lengths],
+        [0 if prefix is None else prefix.length for prefix in prefixes],
+        [-1 if prefix is None else prefix.owner for prefix in prefixes],
+        [-longest[prefix] for prefix in prefixes],
+    ]
     packs: list[list[int]] = []
     room = 0
     held: set[Prefix] = set()
-    for index in sorted(range(len(lengths)), key=order):
+    for index in np.lexsort(np.array(keys)).tolist():  # the last key is the first
         prefix = prefixes[index]
         own = again = lengths[index]
         if prefix is not None:

@@ -134,7 +134,10 @@ def _find_fault(
     limit = _longest_probe(config, max_length)
     window = _longest_window(config)
     longest = [2 * window] if window and window < limit else []  # else no window ever slides
-    lengths = [min(n, limit) for n in (*_PROBE_LENGTHS, *longest)]
+    # A pack with more tokens than a model has positions for, which some count through a whole pack,
+    # would break a GPU for good.
+    short = min(limit, max(2, _num_positions(config) // 4))
+    lengths = [*(min(n, short) for n in _PROBE_LENGTHS), *(min(n, limit) for n in longest)]
     random = np.random.default_rng(0)
     first, other, longer, *rest = (
         random.integers(0, config.vocab_size, n, dtype=np.int32)
@@ -190,7 +193,9 @@ def _run_packed(
     """Last hidden states of each probe, (T, M), from one pack, and the windows asked for."""
     laid = lay_out(probes, prefixes)
     hidden_TM = hidden_packed(model, laid.pack, torch.from_numpy(laid.ids_T).long(), kernels)
-    return [hidden_TM[torch.from_numpy(place)] for place in laid.places], laid.pack.windows
+    return [
+        hidden_TM[torch.from_numpy(place)] for place in laid.places_of_each()
+    ], laid.pack.windows
 
 
 def _leaks(packed: list[Tensor], changed: list[Tensor], common: int) -> Tensor:
@@ -276,8 +281,12 @@ def _loss_error(projection: Projection, ids: TokenIds, own_TM: Tensor, ours_TV: 
 
 def _longest_probe(config: Any, max_length: int | None) -> int:
     """Tokens of the longest sequence that will come, and that the model has positions for."""
-    positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    positions = _num_positions(config)
     return min(positions, max_length or positions)
+
+
+def _num_positions(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def _may_have_windows(config: Any) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from test_engine import FAMILIES, oracle, sequences_of
+from test_engine import FAMILIES, UNPACKABLE, oracle, sequences_of
 
 from pipeline import forward, projection
 from pipeline.compiled import repeated_layers
@@ -29,9 +29,11 @@ def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch, backend: object)
     monkeypatch.setattr("pipeline.probe.compile_layers", compile_layers)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2-learned-positions", "gemma2-soft-caps"])
-def test_a_layer_is_compiled_once_for_all_packs(
-    family: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("llama", 1), ("gpt2-learned-positions", 1), ("gemma2-soft-caps", 2)]
+)
+def test_a_layer_is_compiled_once_for_all_packs_and_as_a_whole(
+    family: str, kinds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[torch.fx.GraphModule] = []
 
@@ -51,7 +53,22 @@ def test_a_layer_is_compiled_once_for_all_packs(
         losses = engine.score(sequences)
         for sequence, loss in zip(sequences[:3], losses, strict=False):
             assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
-    assert len(compiled) == before > 0
+    assert len(compiled) == before == kinds  # in parts, each would cost a GPU's host its time
+
+
+@pytest.mark.parametrize("family", UNPACKABLE)
+def test_compiled_layers_refuse_what_packed_attention_does_not_do(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_without_a_compiler(monkeypatch, "eager")
+    architecture, changes = UNPACKABLE[family]
+    model = tiny_model(architecture, **changes)
+    sequences = sequences_of([40, 3, 25])
+    expected = [oracle(model, sequence) for sequence in sequences]
+    engine = Engine(model)
+    assert (engine.mode, engine.compiled) == ("padded", False)
+    for loss, nll in zip(engine.score(sequences), expected, strict=True):
+        assert loss.nll_nats == pytest.approx(nll, rel=1e-5)
 
 
 def test_layers_that_cannot_be_compiled_run_as_they_are_written(

@@ -272,6 +272,23 @@ def test_a_model_of_few_positions_is_probed_within_them() -> None:
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
+@pytest.mark.parametrize("positions", [20, 128])
+def test_a_probe_has_no_more_tokens_than_the_model_has_positions(
+    positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that counts them through a pack would break a GPU until the process ends."""
+    counts = []
+
+    def counted(model: Any, pack: Pack, *rest: Any) -> torch.Tensor:
+        counts.append(sum(pack.lengths))
+        return forward.hidden_packed(model, pack, *rest)
+
+    monkeypatch.setattr("pipeline.probe.hidden_packed", counted)
+    engine = Engine(tiny_model("Bart", **{**BART, "max_position_embeddings": positions}))
+    assert engine.mode == "padded"
+    assert 0 < max(counts) <= positions
+
+
 def test_sequences_that_padding_changes_are_scored_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,11 +1,13 @@
 """Packing: an order-restoring partition under a token budget."""
 
+import gc
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.packing import plan_packs
+from pipeline.packing import Pack, plan_packs, ranges
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=80)
 BUDGETS = st.integers(1, 120)
@@ -70,3 +72,21 @@ def test_no_pack_has_room_for_the_next_packs_first(lengths: list[int], budget: i
     packs = plan_packs(lengths, budget)
     for pack, following in itertools.pairwise(packs):
         assert sum(lengths[index] for index in pack) + lengths[following[0]] > budget
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 5))))
+def test_ranges_begin_where_they_are_told(pairs: list[tuple[int, int]]) -> None:
+    expected = [at for start, length in pairs for at in range(start, start + length)]
+    starts, lengths = ([pair[side] for pair in pairs] for side in (0, 1))
+    assert ranges(starts, lengths).tolist() == expected
+
+
+def test_a_handle_keeps_no_pack() -> None:
+    one, other = Pack((3,)), Pack((3,))
+    assert Pack.of_handle(one.handle) is one
+    assert Pack.of_handle(other.handle) is other
+    handle = one.handle
+    del one
+    gc.collect()
+    with pytest.raises(KeyError):
+        Pack.of_handle(handle)

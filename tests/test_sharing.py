@@ -254,7 +254,7 @@ def test_a_pack_holds_every_sequence_token_by_token(sequences: list[TokenIds], b
         assert len(laid.ids_T) == sum(laid.pack.lengths)
         assert len(laid.ids_T) <= budget or len(pack) == 1
         positions = laid.pack.positions()
-        for index, place in zip(pack, laid.places, strict=True):
+        for index, place in zip(pack, laid.places_of_each(), strict=True):
             assert laid.ids_T[place].tolist() == sequences[index].tolist()
             assert positions[place].tolist() == list(range(len(place)))
 
