@@ -118,8 +118,14 @@ def _attend(
     asked: Asked,
     kernels: bool,
 ) -> Tensor:
-    if not query_1HTD.shape[2] == key_1KTD.shape[2] == sum(pack.lengths):
-        raise UnsupportedAttentionError("there are keys that are no tokens")
+    """What `packed_attention` gives, (1, T, H, D) in the dtype of the values."""
+    counts = query_1HTD.shape[2], key_1KTD.shape[2], sum(pack.lengths)
+    if len(set(counts)) > 1:
+        queries, keys, tokens = counts
+        raise UnsupportedAttentionError(
+            f"there are keys that are no tokens: {queries} queries and {keys} keys in a pack of "
+            f"{tokens} tokens"
+        )
     pack.windows.add(asked.sliding_window)
     attend = grouped_attention
     if asked.fused and _varlen_takes(query_1HTD, value_1KTD):
@@ -143,10 +149,14 @@ def _attend_compiled(
     sinks_H: Tensor | None,
     kernels: bool,
 ) -> Tensor:
-    """`_attend` as a compiled layer has it in its graph, which takes nothing but tensors."""
+    """`_attend` as an operation of a compiled layer, which is given tensors and numbers only.
+
+    It has no gradient: what is trained is never compiled.
+    """
     asked = Asked(scale, sliding_window, softcap, sinks_H)
     pack = Pack.of_handle(handle)
-    return _attend(query_1HTD, key_1KTD, value_1KTD, pack, asked, kernels).contiguous()
+    output_1THD = _attend(query_1HTD, key_1KTD, value_1KTD, pack, asked, kernels)
+    return output_1THD.contiguous()  # as the next function promises
 
 
 @_attend_compiled.register_fake

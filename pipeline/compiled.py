@@ -1,8 +1,8 @@
 """What is compiled: kernels of our own, and layers, in which torch.compile fuses what it can.
 
-A layer is compiled as a whole, once for all layers of its kind and all sizes of packs; its
-attention is one operation of it (attention.py). A CPU gains less than a short run loses by
-compiling, and is left alone unless it is asked for.
+A layer is compiled as a whole, once for all sizes of packs and all layers that ask for the same of
+their attention, which is one operation of it (attention.py). A CPU gains less than a short run
+loses by compiling, and is left alone unless it is asked for.
 """
 
 import functools

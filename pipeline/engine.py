@@ -160,10 +160,10 @@ class Engine:
         same_as = list(range(len(sequences)))
         if "equal" in self.share:
             same_as = find_equal([s.input_ids for s in sequences], [s.spans for s in sequences])
-        first = sorted(set(same_as))
-        lacks = _find_lacking([sequences[i].input_ids for i in first], self._num_embeddings)
-        results |= {first[at]: SequenceLoss(error="UnknownToken") for at in lacks}
-        known = [index for index in first if index not in results]
+        known = sorted(set(same_as))
+        for at in _find_lacking([sequences[i].input_ids for i in known], self._num_embeddings):
+            results[known[at]] = SequenceLoss(error="UnknownToken")
+        known = [index for index in known if index not in results]
         parts = _split(known, [len(sequences[i].input_ids) for i in known])
         passes = itertools.chain.from_iterable(
             self._passes(part, [sequences[i] for i in part], hidden) for part in parts
@@ -224,14 +224,14 @@ class Engine:
     # V=vocabulary
     def _start(self, laid: Laid, sequences: list[TokenSequence], hidden: bool) -> _Running:
         """Send a pack through the model, without waiting for what comes out."""
-        sequence = [at for at, each in enumerate(sequences) for _ in each.spans]
-        if not sequence:
+        of_span = [at for at, sequence in enumerate(sequences) for _ in sequence.spans]
+        if not of_span:
             return _Running(sequences)
-        start, end = np.array([span for each in sequences for span in each.spans]).T
-        sequence_N, token_N = np.repeat(sequence, end - start), ranges(start, end - start)
+        start, end = np.array([span for sequence in sequences for span in sequence.spans]).T
+        sequence_N, token_N = np.repeat(of_span, end - start), ranges(start, end - start)
         target_N = laid.places(sequence_N, token_N)
         # A token of a prefix, scored for several sequences, meets the vocabulary once.
-        before_T = np.full(len(laid.ids_T), -1)
+        before_T = np.full(len(laid.ids_T), -1)  # of a token that is not scored
         # The causal shift happens here only: the state at t - 1 predicts token t.
         before_T[target_N] = laid.places(sequence_N, token_N - 1)
         scored_T = before_T >= 0

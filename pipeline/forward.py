@@ -75,12 +75,15 @@ def hidden_packed(model: Any, pack: Pack, ids_T: Tensor, kernels: bool = False) 
 
 
 def _filled_up(pack: Pack, ids_T: Tensor, device: torch.device) -> tuple[Pack, Tensor]:
-    """A pack with a last stretch that nobody asks about, where the device wants one."""
+    """A pack with more tokens, which nobody asks about, where the device wants them."""
     missing = tokens_to_fill_up(len(ids_T), device)
     if not missing:
         return pack, ids_T
-    parents = pack.parents and (*pack.parents, -1)
-    return Pack((*pack.lengths, missing), parents, pack.windows), F.pad(ids_T, (0, missing))
+    # In stretches that are no longer than others: a model may have no positions for more.
+    longest = max(pack.lengths)
+    more = [min(longest, missing - done) for done in range(0, missing, longest)]
+    parents = pack.parents and (*pack.parents, *(-1 for _ in more))
+    return Pack((*pack.lengths, *more), parents, pack.windows), F.pad(ids_T, (0, missing))
 
 
 def run_padded(

@@ -48,7 +48,7 @@ class Pack:
     def __post_init__(self) -> None:
         """Give it a handle: int64 (1,), what stands for it where only tensors go."""
         number = next(_numbers)
-        self.handle = torch.tensor([number])  # no field: FSDP copies those
+        self.handle = torch.tensor([number], device="cpu")  # no field: FSDP copies those
         _packs[number] = self
 
     @staticmethod
@@ -81,7 +81,7 @@ class Pack:
         """Where in the pack are the tokens at these positions of the stretches' sequences."""
         starts, past = np.array(self.starts), np.array(self.prefix_lengths)
         own_S = (starts[:-1] - past)[stretch_S]
-        parent_S = starts[np.array(self._parents)][stretch_S]
+        parent_S = starts[np.array(self._parents)][stretch_S]  # without a parent, never asked for
         shift_S: npt.NDArray[np.int64] = np.where(position_S < past[stretch_S], parent_S, own_S)
         return position_S + shift_S
 
@@ -241,7 +241,7 @@ def plan_packs(
     for prefix, length in zip(prefixes, lengths, strict=True):
         longest[prefix] = max(length, longest.get(prefix, 0))
 
-    # By the longest of those under one prefix, by prefix, by length; and else as they come.
+    # By the longest of those under one prefix, by prefix, by length; equal ones as they come.
     keys = [
         [-length for length in lengths],
         [0 if prefix is None else prefix.length for prefix in prefixes],

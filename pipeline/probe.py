@@ -134,9 +134,9 @@ def _find_fault(
     limit = _longest_probe(config, max_length)
     window = _longest_window(config)
     longest = [2 * window] if window and window < limit else []  # else no window ever slides
-    # A pack with more tokens than a model has positions for, which some count through a whole pack,
-    # would break a GPU for good.
-    short = min(limit, max(2, _num_positions(config) // 4))
+    # Some count positions through a whole pack, and past the last one they would break a GPU until
+    # the process ends: four probes have room, but for one that is longer than a window.
+    short = min(limit, max(2, _num_positions(config) // 5))
     lengths = [*(min(n, short) for n in _PROBE_LENGTHS), *(min(n, limit) for n in longest)]
     random = np.random.default_rng(0)
     first, other, longer, *rest = (
@@ -193,9 +193,8 @@ def _run_packed(
     """Last hidden states of each probe, (T, M), from one pack, and the windows asked for."""
     laid = lay_out(probes, prefixes)
     hidden_TM = hidden_packed(model, laid.pack, torch.from_numpy(laid.ids_T).long(), kernels)
-    return [
-        hidden_TM[torch.from_numpy(place)] for place in laid.places_of_each()
-    ], laid.pack.windows
+    states = [hidden_TM[torch.from_numpy(place)] for place in laid.places_of_each()]
+    return states, laid.pack.windows
 
 
 def _leaks(packed: list[Tensor], changed: list[Tensor], common: int) -> Tensor:

@@ -13,6 +13,7 @@ from test_engine import FAMILIES, UNPACKABLE, oracle, sequences_of
 from pipeline import forward, projection
 from pipeline.compiled import repeated_layers
 from pipeline.engine import Engine
+from pipeline.packing import Pack
 
 
 def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
@@ -69,6 +70,20 @@ def test_compiled_layers_refuse_what_packed_attention_does_not_do(
     assert (engine.mode, engine.compiled) == ("padded", False)
     for loss, nll in zip(engine.score(sequences), expected, strict=True):
         assert loss.nll_nats == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_gives_a_compiled_layer_what_it_promises(sinks: bool) -> None:
+    pack = Pack((4, 3, 2), (-1, 0, -1))
+    query, key = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)  # float32 under autocast
+    value = torch.randn(1, 2, 9, 6).bfloat16()
+    asked = 0.3, None, None, torch.randn(4) if sinks else None, False
+    with torch.inference_mode():
+        torch.library.opcheck(
+            torch.ops.cherry.attend,
+            (query, key, value, pack.handle, *asked),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def test_layers_that_cannot_be_compiled_run_as_they_are_written(

@@ -272,6 +272,15 @@ def test_a_model_of_few_positions_is_probed_within_them() -> None:
         assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
 
 
+def test_tokens_that_fill_a_pack_up_need_no_more_positions_than_there_are() -> None:
+    model = tiny_model("GPT2", n_positions=40)
+    sequences = sequences_of([5, 3])
+    engine = Engine(model)
+    assert engine.mode == "packed"
+    for sequence, loss in zip(sequences, engine.score(sequences), strict=True):
+        assert loss.nll_nats == pytest.approx(oracle(model, sequence), rel=1e-5)
+
+
 @pytest.mark.parametrize("positions", [20, 128])
 def test_a_probe_has_no_more_tokens_than_the_model_has_positions(
     positions: int, monkeypatch: pytest.MonkeyPatch
