@@ -85,6 +85,17 @@ class Pack:
         shift_S: npt.NDArray[np.int64] = np.where(position_S < past[stretch_S], parent_S, own_S)
         return position_S + shift_S
 
+    @property
+    def key_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens that each stretch attends to, at most: those before it, and its own."""
+        return np.add(self.lengths, self.prefix_lengths)
+
+    def keys(self) -> npt.NDArray[np.int64]:
+        """Where they lie in the pack, of one stretch after the other."""
+        lengths = self.key_lengths
+        stretch = np.repeat(np.arange(len(lengths)), lengths)
+        return self.places(stretch, ranges(np.zeros_like(lengths), lengths))
+
     def on(self, device: torch.device) -> "PackTensors":
         """What attention kernels of a device need; made once."""
         if device not in self._on_device:
@@ -96,12 +107,8 @@ class Pack:
         return self.parents or (-1,) * len(self.lengths)
 
     def _tensors(self, device: torch.device) -> "PackTensors":
-        key_lengths = np.add(self.lengths, self.prefix_lengths)
-        keys = None
-        if any(self.prefix_lengths):
-            stretch = np.repeat(np.arange(len(key_lengths)), key_lengths)
-            token = ranges(np.zeros_like(key_lengths), key_lengths)
-            keys = to_device(self.places(stretch, token), device)
+        key_lengths = self.key_lengths
+        keys = to_device(self.keys(), device) if any(self.prefix_lengths) else None
         return PackTensors(
             to_device(np.array(self.starts, np.int32), device),
             to_device(np.cumsum([0, *key_lengths], dtype=np.int32), device),
@@ -145,10 +152,8 @@ class Laid(NamedTuple):
 
     def places_of_each(self) -> list[npt.NDArray[np.int64]]:
         """Of each sequence, where its tokens lie."""
-        lengths = np.add(self.pack.lengths, self.pack.prefix_lengths)[self.num_shared :]
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
-        places = self.places(sequence, ranges(np.zeros_like(lengths), lengths))
-        return np.split(places, np.cumsum(lengths)[:-1])
+        ends = np.cumsum(self.pack.key_lengths)
+        return np.split(self.pack.keys(), ends[:-1])[self.num_shared :]
 
 
 def lay_out(sequences: Sequence[TokenIds], prefixes: Sequence[Prefix | None]) -> Laid:

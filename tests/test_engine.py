@@ -293,8 +293,8 @@ def test_a_probe_has_no_more_tokens_than_the_model_has_positions(
         return forward.hidden_packed(model, pack, *rest)
 
     monkeypatch.setattr("pipeline.probe.hidden_packed", counted)
-    engine = Engine(tiny_model("Bart", **{**BART, "max_position_embeddings": positions}))
-    assert engine.mode == "padded"
+    model = tiny_model("Bart", **{**BART, "max_position_embeddings": positions})
+    assert Engine(model, share=()).mode == "padded"
     assert 0 < max(counts) <= positions
 
 
@@ -703,13 +703,15 @@ def test_parts_that_are_planned_apart_give_the_same(
             np.testing.assert_allclose(one.mean_hidden_M, other.mean_hidden_M, rtol=1e-4, atol=1e-6)
 
 
-def test_a_token_that_the_model_lacks_spoils_its_own_sequence_only() -> None:
+@pytest.mark.parametrize("at", [0, 4, 8])
+def test_a_token_that_the_model_lacks_spoils_its_own_sequence_only(at: int) -> None:
     engine = Engine(tiny_model("Llama"))
     good, bad = sequences_of([9, 9])
-    bad.input_ids[4] = 640
+    bad.input_ids[at] = 640
     alone, both = engine.score([good]), engine.score([bad, good, bad])
     assert [loss.error for loss in both] == ["UnknownToken", None, "UnknownToken"]
     assert both[1] == alone[0]
+    assert [loss.error for loss in engine.score([good, bad])] == [None, "UnknownToken"]
 
 
 def test_a_broken_device_is_no_fault_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ import gc
 import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.packing import Pack, plan_packs, ranges
+from pipeline.sharing import Prefix
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=80)
 BUDGETS = st.integers(1, 120)
@@ -72,6 +74,26 @@ def test_no_pack_has_room_for_the_next_packs_first(lengths: list[int], budget: i
     packs = plan_packs(lengths, budget)
     for pack, following in itertools.pairwise(packs):
         assert sum(lengths[index] for index in pack) + lengths[following[0]] > budget
+
+
+@given(st.lists(st.tuples(st.integers(2, 60), st.booleans()), min_size=1), BUDGETS)
+def test_the_longest_comes_first_whatever_is_shared(
+    sequences: list[tuple[int, bool]], budget: int
+) -> None:
+    lengths = [length for length, _ in sequences]
+    prefixes = [Prefix(0, 1) if shares else None for _, shares in sequences]
+    packs = plan_packs(lengths, budget, prefixes)
+    assert max(lengths[index] for index in packs[0]) == max(lengths)
+
+
+def test_kernels_of_a_gpu_get_each_stretch_behind_its_parent() -> None:
+    tensors = Pack((4, 3, 2), (-1, 0, -1)).on(torch.device("cpu"))
+    assert tensors.query_bounds.tolist() == [0, 4, 7, 9]
+    assert tensors.key_bounds.tolist() == [0, 4, 11, 13]
+    assert (tensors.longest_query, tensors.longest_key) == (4, 7)
+    assert tensors.keys is not None
+    assert tensors.keys.tolist() == [0, 1, 2, 3, *(0, 1, 2, 3, 4, 5, 6), 7, 8]
+    assert Pack((4, 3)).on(torch.device("cpu")).keys is None
 
 
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 5))))
