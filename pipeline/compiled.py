@@ -2,7 +2,7 @@
 
 A layer is compiled as a whole, once for all sizes of packs and all layers that ask for the same of
 their attention, which is one operation of it (attention.py). A CPU gains less than a short run
-loses by compiling, and is left alone unless it is asked for.
+loses by compiling: its layers are compiled where a job is long (job.py) or where it is asked for.
 """
 
 import functools
@@ -50,6 +50,13 @@ def compile_layers(model: Any, compiled: Compiled) -> bool:
     for layer in repeated_layers(model):
         layer.compile(dynamic=True)  # in place
     return True
+
+
+def what_runs_compiled(model: Any, kernels: bool) -> Literal["layers", "kernels", "nothing"]:
+    """What came of it, for the metadata of a part: layers stand for kernels, too."""
+    if any(layer._compiled_call_impl is not None for layer in repeated_layers(model)):
+        return "layers"
+    return "kernels" if kernels else "nothing"
 
 
 def run_as_written(model: Any) -> None:

@@ -34,6 +34,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import models
 from pipeline.cluster import COMMIT_CPUS, TOKENISE_CPUS
+from pipeline.compiled import what_runs_compiled
 from pipeline.devices import keep_few_kernels, keep_freed_memory
 from pipeline.embedding import embed_table
 from pipeline.engine import Engine
@@ -240,7 +241,7 @@ class UnitScorer:
             "cherry.max_batch_tokens": str(engine.max_batch_tokens),
             "cherry.mode": engine.mode,
             "cherry.share": ",".join(sorted(engine.share)),
-            "cherry.compiled": str(engine.compiled).lower(),
+            "cherry.compiled": what_runs_compiled(engine.model, engine.compiled),
             "cherry.torch": torch.__version__,
         }
         return part.replace_schema_metadata(metadata), num_tokens, started

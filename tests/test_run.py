@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY, ROWS, make_tokenizer, read_parts, write_parquet
 from ray.exceptions import RayTaskError
 
-from pipeline import recovery, run, scoring
+from pipeline import job, recovery, run, scoring
+from pipeline.compiled import _why_not
 from pipeline.errors import InputError, ShardError, StorageError
 from pipeline.schemas import PART
 from pipeline.summary import failed_fraction
@@ -318,3 +320,53 @@ def test_two_drivers_on_one_output_converge(
     packs = {pq.read_schema(p).metadata[b"cherry.max_batch_tokens"] for p in parts}
     assert packs <= {b"64", b"4096"}
     assert len(list(Path(one["cherry_path"]).parent.iterdir())) == 1
+
+
+def compiled_of(scores_path: str) -> set[bytes]:
+    """What parts say that ran compiled."""
+    return {
+        pq.read_schema(path).metadata[b"cherry.compiled"]
+        for path in Path(scores_path).glob("*.parquet")
+    }
+
+
+def test_layers_of_a_cpu_are_compiled_where_the_corpus_is_long(
+    ray_local: None, config_for: ConfigFor, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = job.check(config_for(corpus), selecting=False)
+    work = checked.num_parameters * len(ROWS)
+    monkeypatch.setattr(job, "_WORTH_COMPILING", work + 1)
+    short = run.score(checked.config).summary
+    assert compiled_of(short.scores_path) <= {b"kernels", b"nothing"}
+    monkeypatch.setattr(job, "_WORTH_COMPILING", work)
+    output = checked.config.output + "-long"
+    long = run.score(checked.config.model_copy(update={"output": output})).summary
+    scored, before = by_content(long.scores_path), by_content(short.scores_path)
+    assert scored.keys() == before.keys()
+    for sample, losses in scored.items():
+        assert losses == pytest.approx(before[sample], rel=1e-5)
+    if not _why_not(torch.device("cpu")):
+        assert compiled_of(long.scores_path) == {b"layers"}
+
+
+def test_what_is_asked_for_and_other_devices_keep_their_way(
+    ray_local: None, config_for: ConfigFor, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_WORTH_COMPILING", 0)
+
+    def compiled(**sections: Any) -> object:
+        return job.plan(
+            job.check(config_for(corpus, **sections), selecting=False)
+        ).settings.compiled
+
+    assert compiled() is True
+    assert compiled(score={"compile": False}) is False
+    rows = 12
+    checked = job.check(
+        config_for(corpus, input={"path": str(corpus), "max_rows": rows}), selecting=False
+    )
+    monkeypatch.setattr(job, "_WORTH_COMPILING", checked.num_parameters * rows + 1)
+    assert job.plan(checked).settings.compiled == "auto"
+    monkeypatch.setattr(job, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr("pipeline.cluster.scores_on_gpus", lambda _: True)
+    assert compiled() == "auto"  # which is layers there
