@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA), through peft."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -19,16 +20,16 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> Any:
     import peft  # of an extra
 
     torch.manual_seed(seed)
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a factor
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        task_type="CAUSAL_LM",
+    )
     try:
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,  # type: ignore[arg-type]  # a factor
-                lora_dropout=config.dropout,
-                target_modules=config.targets,
-                task_type="CAUSAL_LM",
-            ),
-        )
+        with warnings.catch_warnings():  # peft asks transformers by a name that it will lose
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, adapters)
     except ValueError as err:
         raise ConfigError(f"train.lora.targets: {err}") from err

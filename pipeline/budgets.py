@@ -87,11 +87,6 @@ class SelectSettings:
             rows_per_part=config.rows_per_part,
         )
 
-    @property
-    def num_levels(self) -> int:
-        """Budgets that are asked for, each within the next."""
-        return max(1, len(self.fractions))
-
 
 def asked_rows(
     settings: SelectSettings, groups: Sequence[str | None], of: Rows, eligible: Rows

@@ -1,7 +1,8 @@
 """The command line: `cherry run|score|select|experience|train|compare|plan|gc|submit CONFIG`.
 
-Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 the config
-or the input is wrong and nothing was started, 3 finished above the error tolerance, 1 all else.
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 the config,
+the input or the model is wrong, 3 finished above the error tolerance or with shards skipped, 130
+interrupted, 143 terminated, 1 all else.
 """
 
 import signal
@@ -191,7 +192,7 @@ def submit(
     with speaking(as_json) as (out, results, err):
         job = submitting.submit(
             path, overrides, address, command=command, variables=variables, extras=extras,
-            options=["--retry-errors"] if retry_errors else [], installed=installed,
+            retry_errors=retry_errors, installed=installed,
         )  # fmt: skip
         try:
             say(err, f"{'started' if job.started else 'already running:'} {job.submission_id}")

@@ -63,6 +63,8 @@ def _verdict(cherry: Any, control: Any, num_controls: int) -> str:
     which rows are held out.
     """
     difference = float(cherry.mean() - control.mean())
+    if not difference:
+        return "no different"
     said = f"{'better' if difference < 0 else 'worse'} by {abs(difference):.4f}"
     if len(cherry) == 1:
         return f"{said}, of one seed"

@@ -134,7 +134,7 @@ class ClusterConfig(Section):
     """Units that one model holds, the one in work included. With 1 it waits for each; more are lost
     with it when its process dies."""
     price_per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Dollars, of a node where there are no GPUs: for `cherry plan` and the progress."""
+    """Dollars, of an actor where there are no GPUs: for `cherry plan` and the progress."""
 
     @field_validator("gpus_per_actor")
     @classmethod

@@ -121,11 +121,11 @@ class SelectConfig(Section):
         if self.threshold is not None and self.order == "descending" and self.threshold >= high:
             raise ValueError(
                 f"no eligible row is at or over the threshold {self.threshold:g}: max_ifd is "
-                f"{high:g}. Raise it, or set it to null"
+                f"{high:g}. Raise max_ifd, or set it to null"
             )
         if self.threshold is not None and self.order == "ascending" and self.threshold < low:
             raise ValueError(
                 f"no eligible row is at or under the threshold {self.threshold:g}: min_ifd is "
-                f"{low:g}. Lower it, or set it to null"
+                f"{low:g}. Lower min_ifd, or set it to null"
             )
         return self

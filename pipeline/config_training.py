@@ -137,10 +137,15 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> "CompareConfig":
-        names = [each.name for each in self.evaluate] + ["input"] * bool(self.holdout_rows)
-        if not names:
+        names = [each.name for each in self.evaluate]
+        if not names and not self.holdout_rows:
             raise ValueError("nothing to compare by: name sets under evaluate, or set holdout_rows")
-        for values in (names, self.arms, self.seeds):
+        if "input" in names and self.holdout_rows:
+            raise ValueError(
+                "a set under evaluate is called input, as are the holdout_rows of the input. Call "
+                "it otherwise, or set holdout_rows to 0"
+            )
+        for key, values in (("evaluate", names), ("arms", self.arms), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"expected distinct names, got {', '.join(map(str, values))}")
+                raise ValueError(f"{key}: expected each once, got {', '.join(map(str, values))}")
         return self

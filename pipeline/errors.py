@@ -3,7 +3,7 @@
 ::
 
     CherryError                exit 1
-    ├── ConfigError            exit 2   the config is wrong; nothing was started
+    ├── ConfigError            exit 2   the config is wrong; what only rows can tell comes late
     ├── InputError             exit 2   the corpus cannot be read as asked
     │   ├── NotTrainedError    exit 2   the model of brief experience is not there yet
     │   └── ChangedError       exit 2   a shard is not the one any more that was listed
@@ -21,7 +21,6 @@ that finishes above ``score.max_error_fraction``, or that had to skip a shard, i
 it keeps what it scored and exits with ``EXIT_TOLERANCE``.
 """
 
-EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_TOLERANCE = 3

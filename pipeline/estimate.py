@@ -243,15 +243,13 @@ def _with_scores(
     per_million = 1e6 * seconds / num_tokens
     hours = found.tokens * per_million / 1e6 / 3600
     price = job.config.cluster.price_per_gpu_hour
-    return Estimate(
-        **{
-            **vars(found),
-            "scored_rows": len(ratios),
-            "over_one_fraction": sum(r >= 1 for r in ratios) / max(1, len(ratios)),
-            "seconds_per_million_tokens": per_million,
-            "model_hours": hours,
-            "cost": None if price is None else hours * price * (scoring.workers.num_gpus or 1),
-        }
+    return replace(
+        found,
+        scored_rows=len(ratios),
+        over_one_fraction=sum(r >= 1 for r in ratios) / max(1, len(ratios)),
+        seconds_per_million_tokens=per_million,
+        model_hours=hours,
+        cost=None if price is None else hours * price * (scoring.workers.num_gpus or 1),
     )
 
 

@@ -112,7 +112,7 @@ class _Lines:
         self._say = say
         self._seen = self._position = 0
         self._rest = ""
-        self._summary: dict[str, Any] | None = None
+        self._summary = ""
 
     def again(self) -> None:
         """What comes next is the log from its start."""
@@ -134,14 +134,18 @@ class _Lines:
 
     def end(self) -> dict[str, Any] | None:
         """The last line that was a JSON object."""
-        return self._summary
+        return json.loads(self._summary) if self._summary else None
 
     def _take_line(self, line: str) -> None:
-        if line.startswith("{"):
-            try:
-                self._summary = json.loads(line)
-                return
-            except ValueError:
-                pass
+        if line.startswith("{") and _is_json(line):
+            line, self._summary = self._summary, line  # the one before was of something else
         if line:
             self._say(line)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

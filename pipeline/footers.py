@@ -5,7 +5,9 @@ that a rerun over shards that nobody has touched opens none of them. It is only 
 whose version differs is read again, and without the file all are.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -57,11 +59,14 @@ def read_footer(url: str, read_url: str) -> Footer:
             row_groups.append(group.num_rows)
             for number in range(group.num_columns):
                 chunk = group.column(number)
-                # A top-level column may have dots in its own name: its longest prefix counts.
-                path = chunk.path_in_schema
-                name = path if path in column_bytes else path.split(".")[0]
-                column_bytes[name] = column_bytes.get(name, 0) + chunk.total_uncompressed_size
+                name = _top_level(chunk.path_in_schema, column_bytes)
+                column_bytes[name] += chunk.total_uncompressed_size
         return Footer(url, read_url, parquet.schema_arrow, tuple(row_groups), column_bytes)
+
+
+def _top_level(path: str, names: Iterable[str]) -> str:
+    """The column of a path such as `messages.list.element.role`; its own name may have dots."""
+    return max((name for name in names if f"{path}.".startswith(f"{name}.")), key=len)
 
 
 def load(output: str) -> Known:
@@ -73,6 +78,10 @@ def load(output: str) -> Known:
     schemas: dict[bytes, pa.Schema] = {}
     known: Known = {}
     for row in rows:
+        source = ObjectInfo(row["source_url"], row["source_size"], row["source_version"])
+        of_source = known.setdefault(source, [])
+        if row["url"] is None:
+            continue
         raw = row["schema"]
         schema = schemas.setdefault(raw, pa.ipc.read_schema(pa.py_buffer(raw)))
         footer = Footer(
@@ -82,28 +91,37 @@ def load(output: str) -> Known:
             tuple(row["row_groups"]),
             dict(row["column_bytes"]),
         )
-        source = ObjectInfo(row["source_url"], row["source_size"], row["source_version"])
-        known.setdefault(source, []).append(footer)
+        of_source.append(footer)
     return known
 
 
 def save(output: str, known: Known) -> None:
     """Remember the footers of this input, in place of what was there."""
     rows = [
-        {
-            "source_url": source.url,
-            "source_size": source.size,
-            "source_version": source.version,
+        row
+        for source, footers in sorted(known.items(), key=lambda item: item[0].url)
+        for row in _rows_of(source, footers)
+    ]
+    memories.remember(_url(output), rows, _SCHEMA)
+
+
+def _rows_of(source: ObjectInfo, footers: list[Footer]) -> Iterator[dict[str, Any]]:
+    named = {
+        "source_url": source.url,
+        "source_size": source.size,
+        "source_version": source.version,
+    }
+    if not footers:  # a JSON file without a line, which is no news the next time
+        yield named
+    for footer in footers:
+        yield {
+            **named,
             "url": footer.url,
             "read_url": footer.read_url,
             "schema": footer.schema.serialize().to_pybytes(),
             "row_groups": footer.row_groups,
             "column_bytes": list(footer.column_bytes.items()),
         }
-        for source, footers in sorted(known.items(), key=lambda item: item[0].url)
-        for footer in footers
-    ]
-    memories.remember(_url(output), rows, _SCHEMA)
 
 
 def _pieces_there(output: str) -> set[str]:

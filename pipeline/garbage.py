@@ -6,6 +6,7 @@ where the listing looks wrong: no input, units still to score, or more than half
 
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pipeline import listing, storage
 from pipeline.errors import InputError
 from pipeline.job import Job
 from pipeline.listing import ObjectInfo
+from pipeline.texts import count
 from pipeline.uploads import Upload, abort_upload, dangling_uploads
 
 KEEP_S = 24 * 3600.0
@@ -28,8 +30,8 @@ class Garbage:
     """Parts that no unit of the current input names, older than a day."""
     uploads: list[Upload]
     """Unfinished multipart uploads and temporary files under the output, older than a day."""
-    num_parts: int
-    """Parts looked at."""
+    parts_looked_at: Counter[str]
+    """How many, by the folder of all fingerprints: `scores`, `embeddings`."""
     num_spared: int
     """Parts that no unit names, younger than a day."""
     num_pending: int
@@ -41,6 +43,11 @@ class Garbage:
     def num_bytes(self) -> int:
         """Of the parts."""
         return sum(part.size for part in self.parts)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts looked at."""
+        return self.parts_looked_at.total()
 
     def summary(self, *, deleted: bool) -> dict[str, object]:
         """What `--json` prints."""
@@ -63,12 +70,14 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     Args:
         jobs: The current input under its settings: its scores, and the embeddings of its prompts
             where it has brief experience.
-        all_scores: Also under every other fingerprint of the output: all of those parts.
+        all_scores: Also under every other fingerprint of the output: all of those parts. Scores
+            are left out where no job names any.
     """
     output = storage.absolute(jobs[0].config.output)
     folders = [job.plan.scores_url for job in jobs]
     if all_scores:
-        folders = [storage.join(output, name) for name in ("scores", "embeddings")]
+        names = {"embeddings", *(job.settings.folder for job in jobs)}
+        folders = [storage.join(output, name) for name in sorted(names)]
     there = [folder for folder in folders if storage.exists(folder)]
     listed = [entry for folder in there for entry in listing.list_objects(folder, globs=False)]
     # Whatever else lies there is somebody's.
@@ -81,7 +90,7 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     return Garbage(
         parts=old,
         uploads=dangling_uploads(output, KEEP_S),
-        num_parts=len(parts),
+        parts_looked_at=Counter(_folder_of(part.url) for part in parts),
         num_spared=len(strays) - len(old),
         num_pending=len(named - {_name_of(part.url) for part in parts}),
         skipped=jobs[0].corpus.skipped,
@@ -90,6 +99,10 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
 
 def _name_of(part_url: str) -> str:
     return "/".join(part_url.split("/")[-2:])
+
+
+def _folder_of(part_url: str) -> str:
+    return part_url.split("/")[-3]
 
 
 def delete(garbage: Garbage, *, force: bool = False) -> None:
@@ -108,18 +121,20 @@ def delete(garbage: Garbage, *, force: bool = False) -> None:
 def _refuse_mistakes(garbage: Garbage) -> None:
     if garbage.parts and garbage.skipped:
         raise InputError(
-            f"gc: {len(garbage.skipped)} shards cannot be read, and their parts may be among the "
-            f"{len(garbage.parts)} that would go. The first: {garbage.skipped[0]} Mend them first, "
-            "or give --force."
+            f"gc: {count(len(garbage.skipped), 'shard')} cannot be read, whose parts may be among "
+            f"the {len(garbage.parts):,} that would go. The first: {garbage.skipped[0]} Mend them "
+            "first, or give --force."
         )
     if garbage.parts and garbage.num_pending:
         raise InputError(
-            f"gc: {garbage.num_pending} units of the input have no part yet, and may take scores "
-            f"from the {len(garbage.parts)} parts that would go. Run cherry score first, or give "
-            "--force."
+            f"gc: {count(garbage.num_pending, 'unit')} of the input without a part yet may take "
+            f"scores from the {count(len(garbage.parts), 'part')} that would go. Run cherry score "
+            "first, or give --force."
         )
-    if 2 * len(garbage.parts) > garbage.num_parts:
-        raise InputError(
-            f"gc: {len(garbage.parts)} of {garbage.num_parts} parts would go, more than half. Is "
-            "input.path what you mean? If it is, give --force."
-        )
+    for folder, going in Counter(_folder_of(part.url) for part in garbage.parts).items():
+        there = garbage.parts_looked_at[folder]
+        if 2 * going > there:
+            raise InputError(
+                f"gc: {going} of {there} parts in {folder} would go, more than half. Is input.path "
+                "what you mean? If it is, give --force."
+            )

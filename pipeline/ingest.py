@@ -18,7 +18,7 @@ from pipeline import listing, storage
 from pipeline.errors import InputError
 from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
-from pipeline.storage_faults import reading
+from pipeline.storage_faults import reading, using_output
 
 INGEST_VERSION = 2
 
@@ -35,7 +35,8 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
     key = hashlib.sha256(identity.encode()).hexdigest()[:24]
     folder = storage.join(storage.absolute(output), "ingest", key)
     done = storage.join(folder, "_DONE.json")
-    there = listing.list_names(folder)
+    with using_output():
+        there = listing.list_names(folder)
     if "_DONE.json" in there:
         try:
             names = json.loads(storage.read_bytes(done))["pieces"]
@@ -52,7 +53,8 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
         piece = _to_parquet(rows, texts)
         # Named by content: what a run that is refused below has left there is no other's piece.
         name = f"piece-{number:05d}-{hashlib.sha256(piece).hexdigest()[:16]}.parquet"
-        storage.publish(storage.join(folder, name), piece)
+        with using_output():
+            storage.publish(storage.join(folder, name), piece)
         names.append(name)
     if not names and not entry.size and entry.url.lower().endswith(tuple(COMPRESSIONS)):
         raise InputError(
@@ -66,7 +68,8 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
             "object per line, or one array of objects."
         )
     record = {"source": entry.url, "version": entry.version, "pieces": names}
-    storage.publish(done, json.dumps(record, indent=1).encode())
+    with using_output():
+        storage.publish(done, json.dumps(record, indent=1).encode())
     return [storage.join(folder, name) for name in names]
 
 

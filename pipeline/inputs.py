@@ -24,6 +24,7 @@ from pipeline.layouts import LAYOUT_ORDER, Columns, find_columns
 from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
 from pipeline.storage_faults import is_outage
+from pipeline.texts import count
 
 log = logging.getLogger("cherry")
 
@@ -125,7 +126,7 @@ def open_sources(sources: list[ObjectInfo], config: InputConfig, output: str) ->
             shards.extend(opened)
     if not any(shard.num_rows for shard in shards):
         raise InputError(
-            f"input {', '.join(config.paths)}: no rows in {len(sources)} files."
+            f"input {', '.join(config.paths)}: no rows in {count(len(sources), 'file')}."
             + "".join(f"\n{reason}" for reason in skipped)
         )
     return Corpus(tuple(shards), tuple(skipped), read if new or len(read) < len(known) else {})
@@ -143,8 +144,7 @@ def _list_sources(config: InputConfig, output: str) -> list[ObjectInfo]:
                 raise _overlap(path, output)
             real = _behind_links(entry.url, output)
             # Of a file and links to it the file itself, else the first by name.
-            if real not in found or entry.url == real:
-                found[real] = entry
+            found[real] = min(found.get(real, entry), entry, key=lambda e: (e.url != real, e.url))
     return sorted(found.values(), key=lambda entry: entry.url)
 
 
@@ -204,10 +204,13 @@ def _format(url: str) -> str | None:
 def _refuse_overlap(path: str, output: str) -> None:
     base = path
     if listing.is_glob(path):
-        parts, inside = path.split("/"), output.split("/")
-        if len(inside) >= len(parts) and all(map(fnmatch.fnmatchcase, inside, parts)):
-            raise _overlap(path, output)  # or it will match what comes to lie there
-        base = re.split(r"[*?[]", path)[0].rstrip("/")
+        base = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+        if "**" not in path:  # the output, or what comes to lie in it or around it, would match
+            parts, inside = path.split("/"), output.split("/")
+            above = len(inside) < len(base.split("/"))
+            if not above and all(map(fnmatch.fnmatchcase, inside, parts)):
+                raise _overlap(path, output)
+            return
     if output == base or output.startswith(base + "/"):
         raise _overlap(path, output)
 
@@ -259,6 +262,11 @@ def _open_shard(source: ObjectInfo, footer: Footer, config: InputConfig) -> Shar
         raise InputError(
             f"shard {footer.url}: it has more than one column '{twice[0]}', expected each name "
             "once. Rename one of them."
+        )
+    if BAD_LINE in schema.names and footer.url == footer.read_url:
+        raise InputError(
+            f"shard {footer.url}: its column '{BAD_LINE}' is Cherry's own, of JSON that a run "
+            "turned into Parquet. Give the JSON itself as input, or rename the column."
         )
     if schema.names == [BAD_LINE]:  # a piece of broken lines only: all its rows are malformed
         columns = Columns(LAYOUT_ORDER[0], {})

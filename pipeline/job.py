@@ -9,16 +9,18 @@ from typing import Any, Literal
 import torch
 
 from pipeline import cluster, devices, inputs, model_files, models, storage, units
+from pipeline.adapters import add_adapters
 from pipeline.budgets import SelectSettings
 from pipeline.columns import merged_schema, output_schema
 from pipeline.compiled import Compiled
-from pipeline.config import Config, ModelConfig
+from pipeline.config import ClusterConfig, Config, ModelConfig
 from pipeline.config_training import TrainConfig
-from pipeline.errors import ConfigError, InputError, StorageError
+from pipeline.errors import ConfigError, InputError
 from pipeline.inputs import Corpus, Shard
 from pipeline.rendering import Renderer
 from pipeline.schemas import EXPERIENCE
 from pipeline.settings import ModelRef, ScoringSettings
+from pipeline.storage_faults import using_output
 from pipeline.units import Plan
 
 log = logging.getLogger("cherry")
@@ -85,7 +87,10 @@ def _describe(config: Config, corpus: Corpus, ref: ModelRef) -> Checked:
         _max_length(config, architecture),
         preset.pair_tokens,
     )
-    num_parameters = models.count_parameters(architecture)
+    num_parameters = sum(p.numel() for p in models.outline(architecture).parameters())
+    for training in _trainings(config):
+        if training.lora:  # it may name modules that the model has not
+            add_adapters(models.outline(architecture), training.lora, training.seed)
     return Checked(config, corpus, ref, renderer, num_parameters)
 
 
@@ -97,7 +102,7 @@ def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
         template=renderer.template,
         pair_tokens=renderer.pair_tokens,
         max_length=renderer.max_length,
-        dtype=_dtype(config),
+        dtype=resolve_dtype(config.model.dtype, config.cluster),
         max_batch_tokens=config.score.max_batch_tokens,
         share=config.score.share,
         compiled=_compiled(checked),
@@ -118,6 +123,13 @@ def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
     return Job(config, checked.corpus, settings, score_fp, planned)
 
 
+def _trainings(config: Config) -> list[TrainConfig]:
+    trainings = [config.experience.train] if config.experience else []
+    if config.train or config.compare:
+        trainings.append(config.train or TrainConfig())
+    return trainings
+
+
 def _check_training(config: Config, corpus: Corpus) -> None:
     """What training could not do is named before hours of scoring, too."""
     if config.experience:
@@ -128,9 +140,7 @@ def _check_training(config: Config, corpus: Corpus) -> None:
                 f"key 'experience.clusters': got {config.experience.clusters}, expected at most "
                 f"{rows}, the rows of the input."
             )
-    trainings = [config.experience.train] if config.experience else []
-    if config.train or config.compare:
-        trainings.append(config.train or TrainConfig())
+    trainings = _trainings(config)
     if not trainings:
         return
     if any(training.lora for training in trainings) and find_spec("peft") is None:
@@ -167,13 +177,8 @@ def _save_config(config: Config) -> None:
     text = config.model_dump_json(indent=1)
     name = f"{units.fingerprint(config.model_dump(mode='json'))}.json"
     url = storage.join(storage.absolute(config.output), "configs", name)
-    try:
+    with using_output():
         storage.publish(url, text.encode())
-    except StorageError as err:
-        raise ConfigError(
-            f"output: {str(err).rstrip('.')}. Check the path, the credentials in the environment "
-            "and the bucket's policy."
-        ) from err
 
 
 def _max_length(config: Config, architecture: Any) -> int:
@@ -205,9 +210,9 @@ def _compiled(checked: Checked) -> Compiled:
     return True if work >= _WORTH_COMPILING else "auto"
 
 
-def _dtype(config: Config) -> Any:
-    """`auto`: bfloat16 where scoring runs on GPUs or on CPUs that multiply it in hardware."""
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    device = torch.device("cuda" if cluster.scores_on_gpus(config.cluster) else "cpu")
+def resolve_dtype(wanted: str, config: ClusterConfig) -> Any:
+    """`auto`: bfloat16 where models run on GPUs or on CPUs that multiply it in hardware."""
+    if wanted != "auto":
+        return wanted
+    device = torch.device("cuda" if cluster.scores_on_gpus(config) else "cpu")
     return str(devices.auto_dtype(device)).removeprefix("torch.")

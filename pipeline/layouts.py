@@ -73,6 +73,11 @@ def find_columns(
     Raises:
         InputError: No layout fits, a column is missing, its type is wrong, or two may be meant.
     """
+    if nulls := [f for f, name in mapped.items() if name is None and f not in _OPTIONAL]:
+        raise InputError(
+            f"key 'input.columns.{nulls[0]}': got null, which leaves a column out, and a row needs "
+            f"its {nulls[0]}. Name the column, or take the key out."
+        )
     tried = LAYOUT_ORDER if layout == "auto" else (layout,)
     for candidate in tried:
         fields = _FIELDS[candidate]

@@ -71,11 +71,11 @@ def load_config(ref: ModelRef) -> Any:
     return config
 
 
-def count_parameters(config: Any) -> int:
-    """Parameters of an architecture, without allocating them."""
+def outline(config: Any) -> Any:
+    """A model of an architecture without the memory of its weights."""
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            return AutoModelForCausalLM.from_config(config)
     except ValueError as err:
         raise ModelError(f"model: {config.model_type} is no causal language model: {err}") from err
 

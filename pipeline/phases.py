@@ -60,28 +60,30 @@ def embed(checked: Checked, progress: Progress, *, retry_errors: bool = False) -
     return Embedded(job, finished, skipped, accounting.audit(finished))
 
 
-def experience(embedded: Embedded, settings: ExperienceConfig) -> Finished:
+def choose_experience(embedded: Embedded, settings: ExperienceConfig) -> Finished:
     """Choose the rows of brief experience."""
     output = embedded.job.config.output
     return select_experience(embedded.plan, embedded.job.corpus, output, settings, embedded.audited)
 
 
-def experienced(checked: Checked, progress: Progress, *, retry_errors: bool = False) -> Checked:
+def with_experienced_model(
+    checked: Checked, progress: Progress, *, retry_errors: bool = False
+) -> Checked:
     """A config with the model that scores: if it says `experience`, the briefly trained one."""
     config = checked.config
     if config.experience is None:
         return checked
     cluster.plan_trainers(config.cluster, config.experience.train)  # before hours of embedding
     embedded = embed(checked, progress, retry_errors=retry_errors)
-    subset = experience(embedded, config.experience)
+    subset = choose_experience(embedded, config.experience)
     training_job = _brief_training(checked, subset, config.experience)
-    load = functools.partial(_tokens, plan(checked), subset)
+    load = functools.partial(_tokenise_subset, plan(checked), subset)
     trained = training.train_all([(training_job, load)], config.cluster, progress)[0]
     return with_model(checked, _model_at(trained.url, config))
 
 
-def experienced_before(checked: Checked) -> Checked:
-    """The same where nothing may be embedded, written or trained for it.
+def find_experienced_model(checked: Checked) -> Checked:
+    """The same, but the model is only looked for: nothing is embedded, written or trained.
 
     Raises:
         NotTrainedError: The model is not there.
@@ -118,7 +120,7 @@ def retrain(job: Job, selected: Finished, config: TrainConfig, progress: Progres
         progress: Told of each step.
     """
     training_job = plan_training(job, "the cherry subset", _contents(selected), config)
-    load = functools.partial(_tokens, job, selected)
+    load = functools.partial(_tokenise_subset, job, selected)
     return training.train_all([(training_job, load)], job.config.cluster, progress)[0]
 
 
@@ -150,7 +152,7 @@ def _contents(subset: Finished) -> str:
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def _tokens(job: Job, subset: Finished) -> tuple[pa.Table, int]:
+def _tokenise_subset(job: Job, subset: Finished) -> tuple[pa.Table, int]:
     return training_data.tokenise_corpus(open_subset(job, subset), job.settings)
 
 

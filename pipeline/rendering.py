@@ -90,8 +90,18 @@ class Renderer:
         template: TemplateName,
         max_length: int,
         pair_tokens: bool,
+        *,
+        direct: bool = True,
     ) -> None:
         """Prepare the tokenizer.
+
+        Args:
+            tokenizer: A fast one.
+            template: By name.
+            max_length: Tokens of a row.
+            pair_tokens: Score the same tokens of an answer with its prompt and alone.
+            direct: Answers are scored alone, too: a row needs a token that can be. Where they are
+                not, there is nothing to pair either.
 
         Raises:
             ModelError: The tokenizer has no fast backend, or template is `chat` and it has none.
@@ -99,7 +109,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
-        self.pair_tokens = pair_tokens
+        self.pair_tokens = pair_tokens and direct
+        self.direct = direct
         self._backend = exact_offsets_backend(tokenizer)
         self.prefix_ids = prefix_token_ids(self._backend)
         added = self._backend.get_added_tokens_decoder()
@@ -176,7 +187,8 @@ class Renderer:
                 "prompt_overlong", num_prompt_tokens=num_prompt_tokens, truncated=True
             )
         # Superfiltering's unpaired means need a token on each side, paired ones have both or none.
-        if not sum(t.num_conditioned for t in found) or not sum(t.num_direct for t in found):
+        lacks_direct = self.direct and not any(t.num_direct for t in found)
+        if lacks_direct or not any(t.num_conditioned for t in found):
             return RenderedSample("too_short", num_prompt_tokens=num_prompt_tokens)
         end = max(t.end for t in found)
         return RenderedSample(

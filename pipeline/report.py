@@ -86,7 +86,7 @@ class RunProgress:
         """Take note of a finished unit."""
         said = [f"{pace.rows:,} rows"]
         if pace.errors:
-            said.append(f"{pace.errors:,} errors")
+            said.append(count(pace.errors, "error"))
         if pace.tokens_per_s:
             said.append(f"{pace.tokens_per_s:,.0f} tokens/s")
         if pace.dollars is not None:

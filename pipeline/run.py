@@ -89,7 +89,7 @@ def experience(
     checked = check(config, selecting=False)
     with cluster.connected():
         embedded = phases.embed(checked, progress or Silence(), retry_errors=retry_errors)
-        return phases.experience(embedded, config.experience), embedded
+        return phases.choose_experience(embedded, config.experience), embedded
 
 
 def train(config: Config, progress: Progress | None = None) -> tuple[Finished, Summary]:
@@ -157,7 +157,7 @@ def estimate(config: Config, num_scored: int) -> Estimate:
     checked = check(config, selecting=False)
     with cluster.connected():
         try:
-            checked = phases.experienced_before(checked)
+            checked = phases.find_experienced_model(checked)
         except NotTrainedError:
             log.info("the estimate is of scoring: brief experience is yet to come, and not in it")
         found = estimates.estimate(plan(checked), num_scored)
@@ -171,7 +171,7 @@ def gc(config: Config, all_scores: bool, delete: bool, force: bool) -> Garbage:
     with cluster.connected():
         jobs = [plan(checked, measure="prompt")] if config.experience else []
         try:
-            jobs.append(plan(phases.experienced_before(checked)))
+            jobs.append(plan(phases.find_experienced_model(checked)))
         except NotTrainedError:
             log.info("brief experience is yet to come: only embeddings are looked at")
         found = garbage.find(jobs, all_scores=all_scores)
@@ -193,14 +193,14 @@ class _Scored:
 
 
 def _score(base: Checked, progress: Progress, retry_errors: bool, begun: float) -> _Scored:
-    job = plan(phases.experienced(base, progress, retry_errors=retry_errors))
+    job = plan(phases.with_experienced_model(base, progress, retry_errors=retry_errors))
     done = pending.rescore(job, progress) if retry_errors else []
     done += pending.score(job, progress)
     return _audited(job, done, begun)
 
 
 def _scored_before(base: Checked, begun: float) -> _Scored:
-    job = plan(phases.experienced_before(base))
+    job = plan(phases.find_experienced_model(base))
     return _audited(job, pending.left_out(job), begun)
 
 

@@ -29,6 +29,7 @@ from pipeline.manifests import Finished
 from pipeline.ranking import Ranking, rank
 from pipeline.subset import WRITER_VERSION, write_subset
 from pipeline.survey import Survey, survey_parts
+from pipeline.texts import count
 from pipeline.units import Plan, fingerprint
 
 
@@ -53,10 +54,10 @@ def select(
         StorageError: Parts changed while they were selected from.
     """
     if not plan.units:
+        shards = count(len(corpus.shards) + len(corpus.skipped), "shard")
         raise InputError(
-            f"input: none of its {len(corpus.shards) + len(corpus.skipped)} shards could be read, "
-            "so there is nothing to select from. What is wrong with them is said above; repair "
-            "them, and run again."
+            f"input: none of its {shards} could be read, so there is nothing to select from. What "
+            "is wrong with them is said above; repair them, and run again."
         )
     schema = output_schema(corpus, settings)
     select_fp = fingerprint(

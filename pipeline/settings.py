@@ -14,7 +14,7 @@ from pipeline.sharing import SHARES, Share
 from pipeline.units import fingerprint
 
 SCORING_VERSION = 4
-EMBEDDING_VERSION = 4
+EMBEDDING_VERSION = 5
 
 
 @dataclass(frozen=True)

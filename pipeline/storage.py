@@ -11,7 +11,6 @@ whole object, or an error that names it.
 """
 
 import os
-import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +66,9 @@ def absolute(url: str) -> str:
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         return os.path.normpath(path)
-    return re.sub("^s3a://", "s3://", url).rstrip("/")
+    if "::" in url or fs._get_kwargs_from_urls(url):  # the path alone does not say where it is
+        return url.rstrip("/")
+    return str(fs.unstrip_protocol(path)).rstrip("/")  # as listings have it: abfs:// for az://
 
 
 def read_bytes(url: str) -> bytes:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
-from pipeline.errors import InputError, StorageError
+from pipeline.errors import ConfigError, InputError, StorageError
 
 _BACKENDS = {"adlfs", "aiohttp", "azure", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub"}
 """Packages of fsspec's backends, which have errors of their own beside OSError."""
@@ -50,6 +50,18 @@ def changing(url: str, what: str) -> Iterator[None]:
         if not _of_storage(err):
             raise
         raise StorageError(f"{url}: {what}{_why(err)}") from err
+
+
+@contextmanager
+def using_output() -> Iterator[None]:
+    """Before anything is scored, an output that cannot be used is a mistake in the config."""
+    try:
+        yield
+    except (StorageError, InputError) as err:
+        raise ConfigError(
+            f"output: {str(err).rstrip('.')}. Check the path, the credentials in the environment "
+            "and the bucket's policy."
+        ) from err
 
 
 def _of_storage(err: Exception) -> bool:

@@ -8,7 +8,6 @@ the cluster has it installed.
 
 import itertools
 import os
-import re
 import shlex
 import shutil
 import tempfile
@@ -27,12 +26,14 @@ from pipeline import __version__
 from pipeline.config import Config, load
 from pipeline.config_faults import carries_credentials
 from pipeline.errors import ConfigError
-from pipeline.texts import describe_cause
+from pipeline.texts import SECRET_NAME, describe_cause
 from pipeline.units import fingerprint
 
 Command = Literal["run", "score", "select", "experience", "train", "compare"]
 
-_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL|CONNECTION_STRING|AUTH", re.IGNORECASE)
+_SCORING: tuple[Command, ...] = ("run", "score", "experience")
+"""Commands that know `--retry-errors`."""
+
 _DISTRIBUTION = "cherry-pipeline"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 BACKOFF_S = (1, 2, 4, 8, 16, 30)
@@ -60,7 +61,7 @@ def submit(
     address: str | None,
     *,
     command: Command = "run",
-    options: list[str] | None = None,
+    retry_errors: bool = False,
     variables: list[str] | None = None,
     extras: list[str] | None = None,
     installed: bool = False,
@@ -72,7 +73,7 @@ def submit(
         overrides: `a.b=value`, over the config.
         address: Of the cluster: `http://host:8265`; None is RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
         command: Of `cherry`.
-        options: Of the command, such as `--retry-errors`.
+        retry_errors: Rows with status error once more, where the command scores.
         variables: `NAME=value` for the job's environment.
         extras: Of this package, installed by pip in the versions that are here.
         installed: The cluster has this package; else it travels.
@@ -83,11 +84,16 @@ def submit(
     """
     settings = load(path, overrides)
     _check_reachable(settings)
+    if retry_errors and command not in _SCORING:
+        raise ConfigError(
+            f"--retry-errors: cherry {command} scores nothing, expected --command "
+            f"{', '.join(_SCORING[:-1])} or {_SCORING[-1]}. Leave it out."
+        )
     runtime_env: dict[str, Any] = {"env_vars": _parse_variables(variables or [])}
     if extras:
         runtime_env["pip"] = [pin for extra in extras for pin in _pins(extra)]
     arguments = [f"--set={override}" for override in overrides or []]
-    arguments += ["--json", *(options or [])]
+    arguments += ["--json"] + ["--retry-errors"] * retry_errors
     entrypoint = shlex.join(["python", "-m", "pipeline", command, "config.yaml", *arguments])
     same = fingerprint({"config": settings.model_dump(mode="json"), "entrypoint": entrypoint})
     client = _connect(address)
@@ -124,7 +130,7 @@ def _parse_variables(pairs: list[str]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not (name and equals):
             raise ConfigError(f"--env {name}: expected NAME=value.")
-        if _SECRET.search(name) or carries_credentials(value):
+        if SECRET_NAME.search(name) or carries_credentials(value):
             raise ConfigError(
                 f"--env {name}: it looks like a secret, and Ray shows the environment of a job to "
                 "everyone who reaches the cluster. Nothing was sent. Give it to the nodes instead: "

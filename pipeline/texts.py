@@ -4,7 +4,11 @@ import os
 import re
 import unicodedata
 
-_SECRET_NAME = re.compile(r"SECRET|PASSWORD|(^|_)(TOKEN|KEY)$|CONNECTION_STRING")
+SECRET_NAME = re.compile(
+    r"SECRET|PASSW|PASS$|CREDENTIAL|CONNECTION_STRING|API_?KEY|(^|_)(TOKEN|KEY|AUTH)(_ID)?$",
+    re.IGNORECASE,
+)
+"""Of variables whose values are nobody's business: HF_TOKEN is one, TOKENIZERS_PARALLELISM not."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LEAST_SECRET = 8
 """Characters; a shorter value is part of ordinary words."""
@@ -26,7 +30,7 @@ def without_secrets(text: str) -> str:
     Nothing here puts one into a message; this is for what a library may quote.
     """
     for name, value in os.environ.items():
-        if len(value) >= _LEAST_SECRET and _SECRET_NAME.search(name):
+        if len(value) >= _LEAST_SECRET and SECRET_NAME.search(name):
             text = text.replace(value, f"${name}")
     return text
 

@@ -111,17 +111,22 @@ def prepare(
 
 
 @functools.cache
-def renderer(settings: ScoringSettings) -> Renderer:
-    """One per worker process: loading a tokenizer takes longer than tokenising a unit."""
+def renderer(settings: ScoringSettings, *, direct: bool = True) -> Renderer:
+    """One per worker process: loading a tokenizer takes longer than tokenising a unit.
+
+    `direct` as in Renderer: whether answers are scored alone, too.
+    """
     tokenizer = models.load_tokenizer(settings.model)
-    return Renderer(tokenizer, settings.template, settings.max_length, settings.pair_tokens)
+    return Renderer(
+        tokenizer, settings.template, settings.max_length, settings.pair_tokens, direct=direct
+    )
 
 
 def tokenise(
     row_indices: npt.NDArray[np.int64], samples: Sequence[Sample], settings: ScoringSettings
 ) -> pa.Table:
     """Render and tokenise samples, in the TOKENS schema."""
-    rendered = renderer(settings)(samples)
+    rendered = renderer(settings, direct=settings.measure == "ifd")(samples)
     ids = [
         None if r.status == "malformed" else sample_id(s.messages)
         for r, s in zip(rendered, samples, strict=True)

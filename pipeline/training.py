@@ -30,7 +30,7 @@ from pipeline.batches import count_steps
 from pipeline.cluster import Trainers
 from pipeline.config import ClusterConfig
 from pipeline.devices import keep_freed_memory
-from pipeline.errors import CherryError, ModelError, StorageError, TrainingError
+from pipeline.errors import CherryError, ConfigError, ModelError, StorageError, TrainingError
 from pipeline.manifests import Finished
 from pipeline.parallel import agreed
 from pipeline.texts import describe_cause
@@ -176,7 +176,7 @@ def _worker(config: dict[str, Any]) -> None:
         if first:
             said.put(err)
         # Which all workers raise, and would again.
-        if not isinstance(err, (TrainingError, ModelError)):
+        if not isinstance(err, (TrainingError, ModelError, ConfigError)):
             raise
 
 

@@ -11,7 +11,7 @@ tokenizer's EOS after the last answer. An answer that is cut has no end.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -86,8 +86,6 @@ def tokenise_rows(units: Sequence[Unit], settings: ScoringSettings) -> tuple[pa.
         The rows that can be trained on, in the EXAMPLES schema and in the order of the units, and
         how many cannot: without an answer that fits, or with a token that the model lacks.
     """
-    # A loss needs no pairs: every token of an answer has one.
-    settings = replace(settings, pair_tokens=False)
     found = ray.get([_tokenise.remote(unit, settings) for unit in units])
     table = pa.concat_tables([EXAMPLES.empty_table(), *(table for table, _ in found)])
     return table, sum(left_out for _, left_out in found)
@@ -110,7 +108,7 @@ def save_examples(url: str, table: pa.Table) -> None:
 
 @ray.remote
 def _tokenise(unit: Unit, settings: ScoringSettings) -> tuple[pa.Table, int]:
-    rendering = renderer(settings)
+    rendering = renderer(settings, direct=False)  # every token of an answer has a loss
     num_embeddings = models.load_config(settings.model).get_text_config().vocab_size
     samples = list(read_samples(next(read_units([unit])), unit.columns))
     columns: list[list[object]] = [[], [], []]

@@ -13,18 +13,16 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
-from pipeline import cluster, devices, models, storage
+from pipeline import models, storage
 from pipeline.config_training import TrainConfig
-from pipeline.job import Job
+from pipeline.job import Job, resolve_dtype
 from pipeline.rendering import RENDERING_VERSION
 from pipeline.samples import CANONICALISER_VERSION
 from pipeline.settings import ModelRef
 from pipeline.tokenising import renderer
 from pipeline.units import fingerprint
 
-TRAINING_VERSION = 4
+TRAINING_VERSION = 5
 
 # Where a training runs, how much of it is held at once and how often it is saved: the loss of a
 # step is the same but for rounding.
@@ -101,10 +99,7 @@ def plan_training(
     """
     settings = job.settings
     rendering = renderer(settings)
-    dtype: str = config.dtype
-    if dtype == "auto":
-        device = torch.device("cuda" if cluster.scores_on_gpus(job.config.cluster) else "cpu")
-        dtype = str(devices.auto_dtype(device)).removeprefix("torch.")
+    dtype = resolve_dtype(config.dtype, job.config.cluster)
     facts: dict[str, object] = {
         "base_model": settings.model.fingerprint,
         "tokenizer": models.tokenizer_fingerprint(rendering.tokenizer),

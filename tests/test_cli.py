@@ -151,6 +151,25 @@ def test_a_mapped_column_that_is_missing(refused: Callable[..., str]) -> None:
     assert_says(said, "column 'reply' is missing (has: instruction, input, output)")
 
 
+def test_a_needed_column_that_is_left_out(refused: Callable[..., str]) -> None:
+    said = refused("input.columns.response=null")
+    assert_says(said, "key 'input.columns.response': got null", "a row needs its response")
+    assert_says(said, "Name the column, or take the key out")
+
+
+@pytest.mark.parametrize("skip", ["skip", "fail"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_an_output_that_cannot_be_written(
+    refused: Callable[..., str], corpus: Path, tmp_path: Path, kind: str, skip: str
+) -> None:
+    """Whatever of it is written first."""
+    (tmp_path / "file").write_text("no directory")
+    if kind == "jsonl":
+        (corpus / "late.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    said = refused(f"output={tmp_path}/file/out", f"input.on_bad_shard={skip}")
+    assert_says(said, "output: ", "Not a directory", "Check the path, the credentials")
+
+
 def test_a_wrong_column_type(refused: Callable[..., str], corpus: Path) -> None:
     path = write_parquet(corpus / "shard-9.parquet", [{"instruction": "a", "output": 7}])
     said = refused()

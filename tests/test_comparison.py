@@ -108,6 +108,8 @@ def said(found: dict[str, Any]) -> str:
         ([1.2, 1.21, 1.19], [1.0, 1.01, 0.99], "worse by 0.2000\n"),
         ([1.0, 1.1, 0.9], [1.01, 1.11, 0.91], "better by 0.0100, which chance explains (0.2267)\n"),
         ([1.0], [1.2], "better by 0.2000, of one seed\n"),
+        ([1.0], [1.0], "no different\n"),
+        ([1.0, 1.1], [1.1, 1.0], "no different\n"),
     ],
 )
 def test_a_result_is_said_as_it_is(cherry: list[float], random: list[float], verdict: str) -> None:

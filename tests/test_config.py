@@ -157,6 +157,23 @@ def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     assert all(f"'{name}'" in said for name in PRESETS)
 
 
+@pytest.mark.parametrize(
+    ("compare", "says"),
+    [
+        ({"evaluate": [{"name": "a", "path": "x"}] * 2}, "evaluate: expected each once, got a, a"),
+        (
+            {"evaluate": [{"name": "input", "path": "x"}]},
+            "is called input, as are the holdout_rows",
+        ),
+        ({"seeds": [1, 1]}, "seeds: expected each once, got 1, 1"),
+        ({"arms": ["all", "all"]}, "arms: expected each once, got all, all"),
+        ({"holdout_rows": 0}, "nothing to compare by"),
+    ],
+)
+def test_comparisons_that_cannot_be_meant_are_refused(compare: dict[str, Any], says: str) -> None:
+    assert says in refusal(compare=compare)
+
+
 def test_every_fault_is_named_at_once() -> None:
     said = refusal(score={"preset": "nope", "max_length": 0}, select={"off": "all"})
     assert all(key in said for key in ("score.preset", "score.max_length", "select.off"))
@@ -254,6 +271,16 @@ def test_a_mistyped_url_is_no_local_path(key: str, url: str) -> None:
     section = url if key == "output" else {"path": url}
     said = refusal(**{key.partition(".")[0]: section})
     assert f"key '{key}': got {url}, expected a path, or a URL such as s3://BUCKET/KEY" in said
+
+
+@pytest.mark.parametrize(
+    "url", ["abfss://container@account.dfs.core.windows.net/x", "hdfs://etl@namenode:8020/x"]
+)
+def test_a_user_in_a_url_is_no_secret_but_is_lost_in_listings(url: str) -> None:
+    said = refusal(input={"path": url})
+    assert f"got {url}, expected a URL without '@'" in said
+    assert "AZURE_STORAGE_ACCOUNT_NAME" in said
+    assert "credentials" not in said
 
 
 @pytest.mark.parametrize(

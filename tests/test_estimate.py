@@ -119,9 +119,9 @@ def test_the_regression_is_exact_where_tokens_follow_characters() -> None:
     source = random.Random(5)
     chars = np.array([source.randrange(1, 900) for _ in range(1_000)])
     some = chars[::50]
-    total, error = estimate._total(30 + some // 1, some, chars, 10_000)
-    assert total == round(10_000 * (30 + chars.mean()))
-    assert error == pytest.approx(10_000 * some.std() * np.sqrt(0.9 / 1_000))
+    total, error = estimate._total(30 + 2 * some, some, chars, 10_000)
+    assert total == round(10_000 * (30 + 2 * chars.mean()))
+    assert error == pytest.approx(10_000 * 2 * some.std() * np.sqrt(0.9 / 1_000))
     assert estimate._total(np.array([7, 7]), np.array([3, 3]), np.array([3, 3]), 2) == (14, 0.0)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from typer.testing import CliRunner, Result
 from pipeline import garbage, run, uploads
 from pipeline.cli import app
 from pipeline.config import parse
+from pipeline.config_training import ExperienceConfig
+from pipeline.errors import InputError
 from pipeline.garbage import Garbage
 from pipeline.job import check, plan
+from pipeline.listing import ObjectInfo
 
 pytestmark = pytest.mark.ray
 DAY_S = 24 * 3600
@@ -123,7 +127,7 @@ def test_over_half_of_the_parts_needs_force(config: Any, corpus: Path) -> None:
     age(config)
     refused = gc(config, "--delete")
     assert refused.exit_code == 2
-    assert "3 of 4 parts would go, more than half" in refused.stderr
+    assert "3 of 4 parts in scores would go, more than half" in refused.stderr
     assert len(parts(config)) == 4
     assert found(config, "--delete", "--force")["deleted"] is True
     assert len(parts(config)) == 1
@@ -134,7 +138,7 @@ def test_parts_that_units_still_to_score_may_draw_on_need_force(config: Any, cor
     age(config)
     refused = gc(config, "--delete")
     assert refused.exit_code == 2
-    assert "1 units of the input have no part yet" in refused.stderr
+    assert "1 unit of the input without a part yet" in refused.stderr
     assert len(parts(config)) == 4
 
 
@@ -152,6 +156,25 @@ def test_other_settings_are_left_alone_unless_all(config: Any) -> None:
     age(config)
     assert len(found(config)["parts"]) == 1
     assert len(found(config, "--all")["parts"]) == 4
+
+
+def test_scores_stay_where_no_model_says_whose_they_are(config: Any) -> None:
+    """With brief experience that is yet to come, all scores of the output would be strays."""
+    yet_to_come = config.model_copy(update={"experience": ExperienceConfig(clusters=3)})
+    age(config)
+    before = parts(config)
+    assert found(yet_to_come, "--all", "--delete", "--force")["parts"] == []
+    assert parts(config) == before
+
+
+def test_embeddings_that_stay_do_not_let_scores_go(tmp_path: Path) -> None:
+    going = [
+        ObjectInfo(str(tmp_path / f"out/scores/{'0' * 16}/{i:032x}.parquet"), 1, "", 0.0)
+        for i in range(4)
+    ]
+    looked_at = Counter(scores=7, embeddings=100)
+    with pytest.raises(InputError, match="4 of 7 parts in scores would go, more than half"):
+        garbage.delete(Garbage(going, [], looked_at, num_spared=0, num_pending=0, skipped=()))
 
 
 def test_temporary_files_of_killed_writers_go(config: Any) -> None:
@@ -187,7 +210,13 @@ def test_dangling_multipart_uploads_go(s3_server: S3) -> None:
     assert uploads.dangling_uploads(output, DAY_S) == []
     left = uploads.dangling_uploads(output, -60)
     assert [upload.url for upload in left] == [f"{output}/scores/x.parquet"]
-    nothing = {"parts": [], "num_parts": 0, "num_spared": 0, "num_pending": 0, "skipped": ()}
+    nothing = {
+        "parts": [],
+        "parts_looked_at": Counter(),
+        "num_spared": 0,
+        "num_pending": 0,
+        "skipped": (),
+    }
     garbage.delete(Garbage(uploads=left, **nothing))
     assert uploads.dangling_uploads(output, -60) == []
     assert len(uploads.dangling_uploads(s3_server.url("elsewhere"), -60)) == 1
@@ -200,7 +229,7 @@ def test_a_shard_that_cannot_be_read_keeps_its_parts(config: Any, corpus: Path) 
     before = parts(config)
     refused = gc(config, "--delete", "--set", "input.on_bad_shard=skip")
     assert refused.exit_code == 2
-    assert "1 shards cannot be read" in refused.stderr
+    assert "1 shard cannot be read" in refused.stderr
     assert parts(config) == before
 
 

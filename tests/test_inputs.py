@@ -2,22 +2,25 @@
 
 import errno
 import gzip
+import itertools
 import json
 import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import S3, write_parquet
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import footers, ingest, inputs, listing
+from pipeline import footers, ingest, inputs, listing, storage
 from pipeline.budgets import SelectSettings
 from pipeline.columns import output_schema
 from pipeline.config import InputConfig
@@ -225,6 +228,9 @@ def test_a_link_that_leads_nowhere_matters_where_it_would_be_read(
         ("en_*", "en_out"),  # which will match what comes to lie there
         ("en_*", "en_out/deep"),
         ("en_[1o]*", "en_out"),
+        ("en_*/*", "en_out"),  # where LATEST.json comes to lie
+        ("en_*/*.parquet", "en_out"),
+        ("*.parquet", "x.parquet/deep/out"),  # a directory that matches is read as a whole
         ("data [v2]", "data [v2]/out"),  # no glob
         ("?n_1/**", "en_1/out"),
     ],
@@ -308,6 +314,43 @@ def test_of_links_to_one_directory_the_first_by_name_is_taken(
             monkeypatch.setattr(os, "walk", backwards)
         (shard,) = open_at(tmp_path / "in").shards
         assert shard.url.endswith("in/w/link/a.parquet")
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_of_links_to_one_file_the_first_by_name_is_taken(
+    tmp_path: Path, open_at: Callable[..., Corpus], order: tuple[str, str]
+) -> None:
+    write_parquet(tmp_path / "far/x.parquet", [A])
+    for name in order:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.parquet").symlink_to(tmp_path / "far/x.parquet")
+    (shard,) = open_at([str(tmp_path / name) for name in order]).shards
+    assert shard.url == str(tmp_path / "a/x.parquet")
+
+
+class _TwoNames(MemoryFileSystem):  # type: ignore[misc]
+    """A store that lists under one name what may be asked for by another, as Azure's does."""
+
+    protocol = ("cherryone", "cherrytwo")
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(re.sub(r"^cherry(one|two)://", "/", path)))
+
+
+def test_a_store_of_two_names_has_one(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
+    for name in _TwoNames.protocol:
+        fsspec.register_implementation(name, _TwoNames, clobber=True)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([A]), sink)
+    storage.publish("cherryone://c/_raw/a.parquet", sink.getvalue().to_pybytes())
+    one, two = (open_at(f"{name}://c/_raw") for name in _TwoNames.protocol)
+    assert one == two  # and nothing of it is hidden
+    assert storage.absolute("cherrytwo://c/_raw/") == storage.absolute("cherryone://c/_raw")
+    chained = "simplecache::cherrytwo://c/_raw"
+    assert storage.absolute(chained) == chained
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
@@ -555,6 +598,29 @@ def test_a_row_cannot_declare_itself_malformed(
     assert reasons_of(corpus) == [None]
 
 
+def test_parquet_that_another_run_made_of_json_is_no_input(
+    tmp_path: Path, open_at: Callable[..., Corpus]
+) -> None:
+    """Its column of bad lines would be believed, and not be in the subset."""
+    write_parquet(tmp_path / "ingest/piece.parquet", [{**A, BAD_LINE: None}])
+    with pytest.raises(InputError, match=rf"piece\.parquet: its column '{BAD_LINE}' is Cherry's"):
+        open_at(tmp_path / "ingest")
+
+
+def test_bytes_are_those_of_the_column_whatever_dots_are_in_its_name(tmp_path: Path) -> None:
+    nested = [{"role": "user", "content": "a" * 2000}]
+    rows = [{"my.messages": nested, "my": 1, "messages.content": "b", "messages": nested[:0]}]
+    path = str(write_parquet(tmp_path / "a.parquet", rows))
+    found = footers.read_footer(path, path).column_bytes
+    with pq.ParquetFile(path) as parquet:
+        group = parquet.metadata.row_group(0)
+        total = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+    assert found.keys() == rows[0].keys()
+    assert found["my.messages"] > 2000 // 20  # strings that repeat are packed
+    assert 0 < found["my"] < 200
+    assert sum(found.values()) == total
+
+
 def test_a_missing_path_an_empty_directory_and_one_without_data_are_told_apart(
     tmp_path: Path, open_at: Callable[..., Corpus]
 ) -> None:
@@ -574,7 +640,7 @@ def test_a_missing_path_an_empty_directory_and_one_without_data_are_told_apart(
 def test_files_without_any_row_are_refused(
     tmp_path: Path, open_at: Callable[..., Corpus], text: bytes
 ) -> None:
-    with pytest.raises(InputError, match=r"no rows in 1 files"):
+    with pytest.raises(InputError, match=r"no rows in 1 file"):
         open_at(write(tmp_path / "in/a.jsonl", text))
 
 
@@ -583,7 +649,12 @@ def test_an_empty_file_among_others_adds_nothing(
 ) -> None:
     write(tmp_path / "in/a.jsonl", b"")
     write_parquet(tmp_path / "in/b.parquet", [A])
-    assert rows_of(open_at(tmp_path / "in")) == [A]
+    corpus = open_at(tmp_path / "in")
+    assert rows_of(corpus) == [A]
+    inputs.remember_footers(corpus, str(tmp_path / "out"))
+    again = open_at(tmp_path / "in")
+    assert again.shards == corpus.shards
+    assert not again.footers  # nothing is new
 
 
 UNREADABLE = {
@@ -644,12 +715,12 @@ def test_skipping_every_shard_leaves_nothing_to_do(
     tmp_path: Path, open_at: Callable[..., Corpus]
 ) -> None:
     path = write(tmp_path / "in/a.parquet", b"garbage")
-    with pytest.raises(InputError, match=r"no rows in 1 files\.\n.*not a readable Parquet file"):
+    with pytest.raises(InputError, match=r"no rows in 1 file\.\n.*not a readable Parquet file"):
         open_at(path, on_bad_shard="skip")
 
 
 @pytest.mark.parametrize("output", ["in", "in/out", "in/deep/out", "in/../in/out"])
-@pytest.mark.parametrize("source", ["in", "in/", "in/*.parquet", "in/**"])
+@pytest.mark.parametrize("source", ["in", "in/", "in/**", "in/**/*.parquet"])
 def test_an_output_inside_the_input_is_refused(tmp_path: Path, source: str, output: str) -> None:
     write_parquet(tmp_path / "in/a.parquet", [A])
     config = InputConfig(path=f"{tmp_path}/{source}")
@@ -657,10 +728,20 @@ def test_an_output_inside_the_input_is_refused(tmp_path: Path, source: str, outp
         inputs.open_corpus(config, f"{tmp_path}/{output}")
 
 
-@pytest.mark.parametrize("output", ["in-scored", "out", "."])
-def test_an_output_beside_or_above_the_input_is_accepted(tmp_path: Path, output: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        *itertools.product(("in", "in/*", "in/*.parquet"), ("an-output", "out", ".")),
+        ("in/*.parquet", "in/out"),  # which nothing there will match
+        ("in/a*", "in/out"),
+    ],
+)
+def test_an_output_that_the_input_will_not_hold_is_accepted(
+    tmp_path: Path, source: str, output: str
+) -> None:
     write_parquet(tmp_path / "in/a.parquet", [A])
-    corpus = inputs.open_corpus(InputConfig(path=f"{tmp_path}/in"), f"{tmp_path}/{output}")
+    write_parquet(tmp_path / output / "cherry/0/b.parquet", [A])
+    corpus = inputs.open_corpus(InputConfig(path=f"{tmp_path}/{source}"), f"{tmp_path}/{output}")
     assert rows_of(corpus) == [A]
 
 

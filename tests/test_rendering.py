@@ -243,6 +243,14 @@ def test_statuses(row: Sample, template: str, max_length: int, status: str) -> N
     assert not result.turns
 
 
+@pytest.mark.parametrize("pair", [True, False])
+def test_no_answer_is_too_short_where_it_is_not_scored_alone(pair: bool) -> None:
+    renderer = Renderer(make_tokenizer(), "plain", 512, pair_tokens=pair, direct=False)
+    (result,) = renderer([alpaca("Add.", "one")])
+    assert result.status == "ok"
+    assert [t.num_conditioned for t in result.turns] == [1]
+
+
 def test_whitespace_that_the_template_strips_is_malformed_not_misplaced() -> None:
     stripping = CHATML.replace("m['content']", "m['content'] | trim")
     padded = alpaca("Add.", " three ")

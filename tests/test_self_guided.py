@@ -268,6 +268,11 @@ def test_bad_input_is_refused_before_anything_is_trained(
         run.run(config_for(corpus, train={"workers": 9}))
     with pytest.raises(ConfigError, match=r"gpus_per_replica 2: got 1 workers"):
         run.run(config_for(corpus, train={"gpus_per_replica": 2}))
+    for section in ("train", "experience"):
+        lora = {"lora": {"targets": ["nowhere"]}}
+        sections = {section: lora if section == "train" else {"clusters": 2, "train": lora}}
+        with pytest.raises(ConfigError, match=r"train\.lora\.targets: .*nowhere"):
+            run.run(config_for(corpus, **sections))
     assert not (tmp_path / "out/models").exists()
 
 

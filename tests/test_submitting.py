@@ -212,6 +212,12 @@ def read_until(terminal: int, text: str) -> str:
         (("--env", "HF_TOKEN=abc"), "it looks like a secret"),
         (("--env", "PROXY=http://me:word@host"), "it looks like a secret"),
         (("--env", "REGION"), "expected NAME=value"),
+        (("--env", "PGPASS=word"), "it looks like a secret"),
+        (("--env", "AWS_ACCESS_KEY_ID=abc"), "it looks like a secret"),
+        (
+            ("--command", "select", "--retry-errors"),
+            "--retry-errors: cherry select scores nothing, expected --command run, score or exper",
+        ),
         (("--extra", "gpu"), "no such extra, expected one of azure, dev, gcs, gguf, lora"),
         (("--set", "output=out"), "key 'output': got the relative path 'out'"),
         (("--set", "input.path=a.parquet"), "key 'input.path': got the relative path"),
@@ -235,6 +241,11 @@ def test_what_cannot_work_is_not_sent(
     assert message in result.stderr
     assert "abc" not in result.stderr
     assert "word" not in result.stderr
+
+
+def test_what_only_sounds_like_a_secret_is_sent() -> None:
+    pairs = ["TOKENIZERS_PARALLELISM=false", "RAY_AUTH_MODE=token", "AUTHOR=x", "KEYS_FILE=/k"]
+    assert len(submitting._parse_variables(pairs)) == len(pairs)
 
 
 def test_a_cluster_that_has_just_come_up_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,12 +283,12 @@ def test_extras_travel_in_the_versions_that_are_here() -> None:
 def test_a_log_that_is_read_again_is_said_once(data: st.DataObject) -> None:
     said: list[str] = []
     lines = _Lines(said.append)
-    log = 'one\ntwo\n{"rows": 1}\n{not json\nlast'
+    log = 'one\n{"step": 1}\ntwo\n{"rows": 1}\n{not json\nlast'
     for _ in range(data.draw(st.integers(0, 3))):
         lines.again()
         cuts = sorted(data.draw(st.lists(st.integers(0, len(log)), max_size=4)))
         for start, end in zip([0, *cuts], cuts, strict=False):
             lines.take(log[start:end])
     lines.take_all(log)
-    assert said == ["one", "two", "{not json", "last"]
+    assert said == ["one", "two", '{"step": 1}', "{not json", "last"]
     assert lines.end() == {"rows": 1}

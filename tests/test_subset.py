@@ -572,7 +572,7 @@ def test_without_a_readable_shard_there_is_nothing_to_select_from(tmp_path: Path
     rows = [[row(0.5, 1), row(0.4, 2)]]
     plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
     unread = plan.without({unit.unit_id for unit in plan.units})
-    with pytest.raises(InputError, match="none of its 1 shards could be read"):
+    with pytest.raises(InputError, match="none of its 1 shard could be read"):
         select(unread, corpus, str(tmp_path / "out"), wanted(), "fp")
 
 

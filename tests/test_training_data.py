@@ -1,6 +1,7 @@
 """What a training reads, token by token."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from conftest import CHATML, make_tokenizer, write_parquet
 
 from pipeline import ingest
 from pipeline.errors import InputError
-from pipeline.job import check
+from pipeline.job import check, plan
 from pipeline.rendering import Renderer
-from pipeline.samples import Message, Sample
+from pipeline.samples import Message, Sample, read_samples
 from pipeline.schemas import EXAMPLES
-from pipeline.training_data import Examples, _example, refuse_empty
+from pipeline.tokenising import tokenise
+from pipeline.training_data import Examples, _example, refuse_empty, tokenise_corpus
 
 USER = Message("user", "one two")
 ANSWER = Message("assistant", "three four")
@@ -90,6 +92,26 @@ def test_examples_lie_end_to_end() -> None:
     assert examples.starts.tolist() == [0, 3, 5]
     assert examples.lengths.tolist() == [3, 2]
     assert examples.num_targets == 2
+
+
+@pytest.mark.ray
+def test_answers_of_one_token_are_trained_on_and_their_prompts_embedded(
+    ray_local: None, config_for: Callable[..., Any], tmp_path: Path
+) -> None:
+    """They have a loss behind their prompt; alone, without a marker or BOS, nothing predicts it."""
+    words = ["one", "one", "one two"]
+    rows = [{"instruction": "Say a word.", "input": "", "output": word} for word in words]
+    write_parquet(tmp_path / "in/a.parquet", rows)
+    job = plan(check(config_for(tmp_path / "in", score={"template": "plain"}), selecting=False))
+    samples = list(read_samples(pa.Table.from_pylist(rows), job.corpus.shards[0].columns))
+    indices = np.arange(len(rows))
+    scored = tokenise(indices, samples, job.settings)
+    assert scored["status"].to_pylist() == ["too_short", "too_short", "ok"]
+    examples, left_out = tokenise_corpus(job.corpus, job.settings)
+    assert (len(examples), left_out) == (3, 0)
+    assert [sum(row) for row in examples["is_target"].to_pylist()][:2] == [2, 2]  # and the end
+    embedded = tokenise(indices, samples, replace(job.settings, measure="prompt"))
+    assert embedded["status"].to_pylist() == ["ok"] * 3
 
 
 def test_nothing_to_train_on_is_refused() -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline import training
 from pipeline.adapters import add_adapters
 from pipeline.batches import count_steps, learning_rate, rows_of_step
 from pipeline.config_training import LoraConfig, TrainConfig
-from pipeline.errors import ConfigError, StorageError, TrainingError
+from pipeline.errors import ConfigError, ModelError, StorageError, TrainingError
 from pipeline.training_data import Examples
 from pipeline.training_loop import StepDone, train
 
@@ -235,6 +236,32 @@ def test_only_adapters_have_dropout() -> None:
 def test_unknown_modules_of_adapters_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.lora\.targets"):
         add_adapters(tiny_model("Llama"), LoraConfig(targets=["nowhere"]), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "tried_again"),
+    [(ConfigError, False), (ModelError, False), (TrainingError, False), (StorageError, True)],
+)
+def test_what_would_come_again_is_not_tried_again(
+    error: type[Exception], tried_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train makes workers that raise anew, each with its model; what is said ends it all."""
+
+    def fail(*_: Any) -> None:
+        raise error("it is wrong")
+
+    rank = SimpleNamespace(get_context=lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    monkeypatch.setattr(training, "ray", SimpleNamespace(train=rank))
+    monkeypatch.setattr(training, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(training, "agreed", lambda _: False)
+    monkeypatch.setattr(training.manifests, "find", lambda _: None)
+    monkeypatch.setattr(training, "_train_here", fail)
+    said: list[object] = []
+    job = SimpleNamespace(url="nowhere", threads=torch.get_num_threads())
+    config = {"said": SimpleNamespace(put=said.append), "jobs": [job]}
+    with pytest.raises(error) if tried_again else nullcontext():
+        training._worker(config)
+    assert [type(what) for what in said] == [error]
 
 
 @pytest.mark.parametrize("step", ["_train_here", "_publish_files"])

@@ -68,7 +68,7 @@ def said(*paces: Pace, terminal: bool) -> str:
 
 def test_a_log_has_plain_lines() -> None:
     pace = pace_of(unit(100.0, ok=9, error=1), total=1)
-    line = "scoring: 1 of 1 units, 10 rows, 1 errors, 180 tokens/s, $0.00\n"
+    line = "scoring: 1 of 1 units, 10 rows, 1 error, 180 tokens/s, $0.00\n"
     assert said(pace, terminal=False) == line
 
 

@@ -76,7 +76,9 @@ def main() -> None:
             flush=True,
         )
         begun = time.monotonic()
-        trained = phases.experienced(check(job, selecting=False), Lines()).config.model.path
+        trained = phases.with_experienced_model(
+            check(job, selecting=False), Lines()
+        ).config.model.path
         print(f"trained in {time.monotonic() - begun:.0f} s", flush=True)
         describe("after", config.parse(held_out(base, folder, trained)))
 
