@@ -147,7 +147,8 @@ def gc(
     as_json: _AsJson = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete them.")] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Also parts of other settings under this output.")
+        bool,
+        typer.Option("--all", help="Also parts of other settings and inputs under the output."),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Even with units to score, or over half of the parts.")

@@ -155,6 +155,9 @@ def _is_any(kind: pa.DataType, tests: tuple[str, ...]) -> bool:
 
 def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """The common type of two, if there is one and both can be cast to it."""
+    for kind, beside in ((one, other), (other, one)):  # categories beside what is none
+        if pa.types.is_dictionary(kind) and not _is_any(beside, ("is_dictionary", "is_null")):
+            return _widen(kind.value_type, beside)
     if any(_is_any(a, _TEXT) and _is_any(b, _BYTES) for a, b in ((one, other), (other, one))):
         return None  # pyarrow would make bytes of the text
     both = [pa.schema([("column", kind)]) for kind in (one, other)]

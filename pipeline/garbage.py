@@ -4,6 +4,7 @@ Nothing is deleted unless asked, nothing younger than a day (another run may be 
 where the listing looks wrong: no input, units still to score, or more than half of the parts.
 """
 
+import json
 import re
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline import listing, storage
+from pipeline import inputs, listing, storage
 from pipeline.errors import InputError
 from pipeline.job import Job
 from pipeline.listing import ObjectInfo
@@ -34,6 +35,8 @@ class Garbage:
     """How many, by the folder of all fingerprints: `scores`, `embeddings`."""
     num_spared: int
     """Parts that no unit names, younger than a day."""
+    num_elsewhere: int
+    """Parts of shards that the paths of the input do not reach: another input's, and left alone."""
     num_pending: int
     """Units of the current input that have no part yet."""
     skipped: tuple[str, ...]
@@ -56,6 +59,7 @@ class Garbage:
             "bytes": self.num_bytes,
             "uploads": [upload.url for upload in self.uploads],
             "spared_parts": self.num_spared,
+            "parts_of_other_inputs": self.num_elsewhere,
             "parts_total": self.num_parts,
             "deleted": deleted,
         }
@@ -70,8 +74,8 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     Args:
         jobs: The current input under its settings: its scores, and the embeddings of its prompts
             where it has brief experience.
-        all_scores: Also under every other fingerprint of the output: all of those parts. Scores
-            are left out where no job names any.
+        all_scores: Also of other inputs, and under every other fingerprint of the output: all of
+            those parts. Scores are left out where no job names any.
     """
     output = storage.absolute(jobs[0].config.output)
     folders = [job.plan.scores_url for job in jobs]
@@ -84,7 +88,8 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     parts = [entry for entry in listed if _PART_NAME.fullmatch(_name_of(entry.url))]
     # By their last two names: s3a:// and s3:// are one bucket.
     named = {_name_of(job.plan.part_url(unit)) for job in jobs for unit in job.plan.units}
-    strays = [part for part in parts if _name_of(part.url) not in named]
+    unnamed = [part for part in parts if _name_of(part.url) not in named]
+    strays = unnamed if all_scores else _of_input(unnamed, jobs[0].config.input.paths)
     before = time.time() - KEEP_S
     old = [part for part in strays if part.modified < before]
     return Garbage(
@@ -92,9 +97,31 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
         uploads=dangling_uploads(output, KEEP_S),
         parts_looked_at=Counter(_folder_of(part.url) for part in parts),
         num_spared=len(strays) - len(old),
+        num_elsewhere=len(unnamed) - len(strays),
         num_pending=len(named - {_name_of(part.url) for part in parts}),
         skipped=jobs[0].corpus.skipped,
     )
+
+
+def _of_input(parts: list[ObjectInfo], paths: list[str]) -> list[ObjectInfo]:
+    """Parts of shards that are, or may once have been, among what the paths name."""
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        shards = pool.map(_shard_of, [part.url for part in parts])
+        return [
+            part
+            for part, shard in zip(parts, shards, strict=True)
+            if shard is not None and any(inputs.reaches(path, shard) for path in paths)
+        ]
+
+
+def _shard_of(part_url: str) -> str | None:
+    """Which shard a part is of; None where it does not say so any more."""
+    try:
+        with storage.open_parquet(part_url) as parquet:
+            unit = json.loads(parquet.schema_arrow.metadata[b"cherry.unit"])
+        return str(unit["shard_url"])
+    except (InputError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _name_of(part_url: str) -> str:

@@ -148,6 +148,18 @@ def _list_sources(config: InputConfig, output: str) -> list[ObjectInfo]:
     return sorted(found.values(), key=lambda entry: entry.url)
 
 
+def reaches(path: str, url: str) -> bool:
+    """Whether a shard at a URL would be read as one of a path: within it, or matched by it."""
+    path, file = storage.absolute(path), url.partition("#")[0]
+    if not listing.is_glob(path):
+        return file == path or file.startswith(f"{path}/")
+    base, star, _ = path.partition("**")
+    parts, names = base.split("/"), file.split("/")
+    if star:
+        parts[-1] += "*"
+    return len(names) >= len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
+
+
 def remember_footers(corpus: Corpus, output: str) -> None:
     """Keep what was read of the input for the next run."""
     if corpus.footers:

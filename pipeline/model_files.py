@@ -5,6 +5,7 @@ A model is a hub id, a local directory, a `.gguf` file or an object-store URL of
 node, once, under a file lock. Weights are safetensors or GGUF.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,11 +23,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import listing, storage
 from pipeline.config import ModelConfig
-from pipeline.errors import ModelError
+from pipeline.errors import CherryError, ModelError
 from pipeline.settings import ModelRef
 from pipeline.storage_faults import reading
 
@@ -34,6 +36,7 @@ log = logging.getLogger("cherry")
 
 CONVERSION_VERSION = 2
 _HASHES = "cherry_hashes.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _DESCRIPTION_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
@@ -213,11 +216,18 @@ def _once(cache_dir: str, name: str, make: Callable[[str], None]) -> str:
         if not final.is_dir():
             temporary = final.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed here
-            temporary.mkdir()
-            make(str(temporary))
-            hashes = {p.name: _file_sha256(str(p), cache_dir) for p in temporary.iterdir()}
-            Path(temporary, _HASHES).write_text(json.dumps(hashes, indent=1))
-            temporary.rename(final)
+            try:
+                temporary.mkdir()
+                make(str(temporary))
+                hashes = {p.name: _file_sha256(str(p), cache_dir) for p in temporary.iterdir()}
+                Path(temporary, _HASHES).write_text(json.dumps(hashes, indent=1))
+                temporary.rename(final)
+            except Exception as err:
+                shutil.rmtree(temporary, ignore_errors=True)  # on a disk that may be full
+                cause = err.__cause__ if isinstance(err, CherryError) else err
+                if isinstance(cause, Exception) and _is_of_disk(cause):
+                    raise _unwritable(cause) from err
+                raise
     return str(final)
 
 
@@ -235,16 +245,27 @@ def _intact(directory: Path, cache_dir: str) -> bool:
     )
 
 
+def _is_of_disk(err: Exception) -> bool:
+    """Whether an error is of the disk that is written to, and not of where it was read from."""
+    if isinstance(err, SafetensorError):  # it is raised by what saves, and has no number
+        return "os error" in str(err)
+    return isinstance(err, OSError) and err.errno in _FULL
+
+
+def _unwritable(err: Exception) -> ModelError:
+    return ModelError(
+        f"model.cache_dir: it cannot be written on node {platform.node()}: {err}. Make room there, "
+        "or name another directory."
+    )
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path, "w")
     except OSError as err:
-        raise ModelError(
-            f"model.cache_dir: it cannot be written on node {platform.node()}: {err}. Make room "
-            "there, or name another directory."
-        ) from err
+        raise _unwritable(err) from err
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)  # released by the system if the process dies
         yield

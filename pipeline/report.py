@@ -111,7 +111,8 @@ class RunProgress:
             self._bar.update(self._task, total=total, completed=done, what=what)
         elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES or done == total:
             self._said = time.monotonic()
-            self._console.print(f"{self._name}: {done} of {total} {what}, {line}", highlight=False)
+            line = f"{self._name}: {done} of {total} {what}, {line}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _clear(self) -> None:
         if self._task is not None:  # off a terminal, rich would print an empty line
@@ -186,7 +187,11 @@ def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
     if not lines:
         lines.append(f"nothing to delete: {count(garbage.num_parts, 'part')}, and no remains")
     if garbage.num_spared:
-        lines.append(f"{garbage.num_spared:,} parts are younger than 24 hours and spared")
+        spared = count(garbage.num_spared, "part")
+        lines.append(f"{spared} younger than 24 hours: spared")
+    if garbage.num_elsewhere:
+        elsewhere = count(garbage.num_elsewhere, "part")
+        lines.append(f"{elsewhere} of shards elsewhere, as of another input: spared, but for --all")
     names = [part.url for part in garbage.parts] + [upload.url for upload in garbage.uploads]
     lines += names[:_GARBAGE_SHOWN]
     if len(names) > _GARBAGE_SHOWN:

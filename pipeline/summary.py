@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,13 @@ from pipeline.schemas import FAILED_STATUSES
 from pipeline.units import Plan
 
 log = logging.getLogger("cherry")
+
+_UNSCORED = {
+    "prompt_overlong": "Raise score.max_length.",
+    "too_short": "See the statuses in the README: a preset with a marker scores shorter answers.",
+    "empty_response": "Look at the layout, and at input.columns.response.",
+}
+"""What to do where most rows have this status; for failures there is score.max_error_fraction."""
 
 _WARN_OVER_ONE = 0.5
 """Share of scored rows with IFD >= 1 from which something is off, most often the template."""
@@ -71,6 +79,7 @@ def summarise(
     num_ok = sum(unit.rows_by_status.get("ok", 0) for unit in scored)
     warn_over_one(sum(unit.over_one for unit in scored) / max(1, num_ok))
     counts = audited.rows_by_status
+    _warn_unscored(counts)
     return Summary(
         rows=counts.total(),
         rows_by_status=dict(sorted(counts.items())),
@@ -91,6 +100,16 @@ def summarise(
         failures=first_failures(finished, audited),
         model=job.settings.model.path,
     )
+
+
+def _warn_unscored(counts: Counter[str]) -> None:
+    """Say so where most rows have no score for a reason that the settings are behind."""
+    for status, advice in _UNSCORED.items():
+        if 2 * counts[status] > counts.total():
+            log.warning(
+                "%s of %s rows are %s: they have no score and cannot be selected. %s",
+                f"{counts[status]:,}", f"{counts.total():,}", status, advice,
+            )  # fmt: skip
 
 
 def warn_over_one(share: float) -> None:

@@ -1,5 +1,6 @@
 """What the command line says, and where: results, the rest, and errors as exit codes."""
 
+import io
 import json
 import logging
 import os
@@ -26,6 +27,9 @@ def speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
     Ray prints what its daemons say to standard output: while this is open, that is standard error.
     """
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # rows are in any language
     out = sys.stdout
     err = Console(stderr=True, highlight=False)
     results = err if as_json else Console(file=out, highlight=False)

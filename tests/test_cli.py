@@ -379,6 +379,15 @@ def test_json_prints_one_object_and_nothing_else_on_standard_output(job: Path) -
 
 
 @pytest.mark.ray
+def test_a_terminal_that_lacks_letters_shows_the_others(job: Path, corpus: Path) -> None:
+    """All work is done by then: its exit code is no matter of fonts."""
+    write_parquet(corpus / "shard-0.parquet", [{**row, "input": "水"} for row in ROWS[:15]])
+    done = cherry_process("run", job, environment={"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0, done.stderr
+    assert "\\u" in done.stdout
+
+
+@pytest.mark.ray
 def test_without_json_the_report_is_on_standard_output(job: Path, ray_local: None) -> None:
     done = cherry("run", job)
     assert done.exit_code == 0, done.stderr

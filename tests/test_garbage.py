@@ -14,7 +14,7 @@ import yaml
 from conftest import ROWS, S3, write_parquet
 from typer.testing import CliRunner, Result
 
-from pipeline import garbage, run, uploads
+from pipeline import garbage, inputs, run, uploads
 from pipeline.cli import app
 from pipeline.config import parse
 from pipeline.config_training import ExperienceConfig
@@ -158,6 +158,46 @@ def test_other_settings_are_left_alone_unless_all(config: Any) -> None:
     assert len(found(config, "--all")["parts"]) == 4
 
 
+def test_parts_of_another_input_stay_unless_all(config: Any, corpus: Path) -> None:
+    """Nobody can tell whether its config still wants them, and they were paid for."""
+    other = corpus.parent / "other"
+    write_parquet(other / "shard-0.parquet", ROWS[:15])
+    theirs = config.model_copy(
+        update={"input": config.input.model_copy(update={"path": str(other)})}
+    )
+    run.score(theirs)
+    age(config)
+    before = parts(config)
+    ours = found(config, "--delete")
+    assert (len(ours["parts"]), ours["parts_of_other_inputs"]) == (1, 1)
+    assert len(before - parts(config)) == 1
+    assert run.score(theirs).summary.units_scored == 0
+    age(config)
+    assert "1 part of shards elsewhere, as of another input: spared" in gc(config).stdout
+    assert len(found(config, "--all")["parts"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "url", "reached"),
+    [
+        ("/d", "/d/a.parquet", True),
+        ("/d/", "/d/deep/a.parquet", True),
+        ("/d", "/dd/a.parquet", False),
+        ("/d/a.jsonl", "/d/a.jsonl#3", True),
+        ("/d/*.parquet", "/d/gone.parquet", True),
+        ("/d/*.parquet", "/d/gone.jsonl#0", False),
+        ("/d/x*", "/d/xy/a.parquet", True),
+        ("/d/**/a.parquet", "/d/x/y/a.parquet", True),
+        ("/d/x**", "/d/xy/a.parquet", True),
+        ("/d/x/**", "/d/y/a.parquet", False),
+        ("s3a://b/d", "s3://b/d/a.parquet", True),
+        ("s3://b/d", "s3://bb/d/a.parquet", False),
+    ],
+)
+def test_what_a_path_reaches_is_its_own(path: str, url: str, reached: bool) -> None:
+    assert inputs.reaches(path, url) == reached
+
+
 def test_scores_stay_where_no_model_says_whose_they_are(config: Any) -> None:
     """With brief experience that is yet to come, all scores of the output would be strays."""
     yet_to_come = config.model_copy(update={"experience": ExperienceConfig(clusters=3)})
@@ -174,7 +214,9 @@ def test_embeddings_that_stay_do_not_let_scores_go(tmp_path: Path) -> None:
     ]
     looked_at = Counter(scores=7, embeddings=100)
     with pytest.raises(InputError, match="4 of 7 parts in scores would go, more than half"):
-        garbage.delete(Garbage(going, [], looked_at, num_spared=0, num_pending=0, skipped=()))
+        garbage.delete(
+            Garbage(going, [], looked_at, num_spared=0, num_elsewhere=0, num_pending=0, skipped=())
+        )
 
 
 def test_temporary_files_of_killed_writers_go(config: Any) -> None:
@@ -214,6 +256,7 @@ def test_dangling_multipart_uploads_go(s3_server: S3) -> None:
         "parts": [],
         "parts_looked_at": Counter(),
         "num_spared": 0,
+        "num_elsewhere": 0,
         "num_pending": 0,
         "skipped": (),
     }

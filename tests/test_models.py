@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, make_tokenizer, tiny_model
+from conftest import REPOSITORY, make_tokenizer, on_a_full_disk, tiny_model
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
@@ -111,6 +112,31 @@ def test_a_cache_that_cannot_be_written_is_named_or_done_without(
         ModelError, match=rf"model\.cache_dir: it cannot be written on node .*{cache}"
     ):
         model_files.local_directory(ref)
+
+
+def _fetch(ref: model_files.ModelRef) -> None:
+    model_files.local_directory(ref)
+
+
+def _convert(ref: model_files.ModelRef) -> None:
+    """As of a .gguf, whose weights are written by another library."""
+
+    def make(into: str) -> None:
+        save_file({"weight": torch.zeros(100_000)}, Path(into, "model.safetensors"))
+
+    model_files._once(ref.cache_dir, "converted", make)
+
+
+@pytest.mark.parametrize("step", [_fetch, _convert])
+def test_a_full_cache_is_named_and_left_as_it_was(
+    step: Callable[..., None], model_dir: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    config = ModelConfig(path=f"file://{model_dir}", cache_dir=str(cache))
+    ref = model_files.resolve(config)
+    with pytest.raises(ModelError, match=r"model\.cache_dir: it cannot be written on node .*large"):
+        on_a_full_disk(step, ref)
+    assert not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
 
 
 @pytest.mark.parametrize("kind", ["directory", "gguf"])

@@ -225,6 +225,17 @@ def test_16_most_rows_over_one_is_a_warning(
     assert "IFD of 1 or more" in caplog.text
 
 
+@pytest.mark.ray
+def test_most_rows_without_a_score_are_no_matter_of_course(
+    ray_local: None, config_for: ConfigFor, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.score(config_for(corpus))
+    assert "cannot be selected" not in caplog.text
+    run.score(config_for(corpus, score={"max_length": 20}))
+    assert f"{len(ROWS)} of {len(ROWS)} rows are prompt_overlong" in caplog.text
+    assert "Raise score.max_length" in caplog.text
+
+
 def test_17_the_marker_s_length_is_never_assumed() -> None:
     """Whatever number of tokens '### Response:' has, the direct side begins with all of it."""
     for vocab_size in (270, 300, 600):

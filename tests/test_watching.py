@@ -72,6 +72,12 @@ def test_a_log_has_plain_lines() -> None:
     assert said(pace, terminal=False) == line
 
 
+def test_a_log_has_a_line_for_each_however_narrow_it_is() -> None:
+    pace = pace_of(unit(100.0, ok=10**15, error=10**15), total=1)
+    assert len(said(pace, terminal=False)) > 80
+    assert said(pace, terminal=False).count("\n") == 1
+
+
 def test_a_terminal_of_80_columns_shows_all_of_it() -> None:
     pace = pace_of(
         *[unit(1e6 + n, tokens=60_000, ok=99_999, error=1) for n in range(999)], total=2000
