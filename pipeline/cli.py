@@ -32,6 +32,7 @@ from pipeline import run as flow
 from pipeline.comparison import Comparison
 from pipeline.manifests import Finished
 from pipeline.phases import Embedded
+from pipeline.progress import RunProgress
 from pipeline.run import Result
 from pipeline.submitting import Submitted
 from pipeline.summary import Summary, failed_fraction
@@ -311,7 +312,7 @@ def _watch(
     """Run a command under the eyes of a person, and print what came out."""
     with speaking(as_json) as (out, results, err):
         settings = config.load(path, overrides)
-        with report.RunProgress(err) as progress:
+        with RunProgress(err) as progress:
             found = command(settings, progress)
         show(found, results)
         if as_json:

@@ -36,7 +36,8 @@ class Garbage:
     num_spared: int
     """Parts that no unit names, younger than a day."""
     num_elsewhere: int
-    """Parts of shards that the paths of the input do not reach: another input's, and left alone."""
+    """Parts of shards that the paths of the input do not reach, or that do not say whose they are:
+    left alone, as they may be another input's."""
     num_pending: int
     """Units of the current input that have no part yet."""
     skipped: tuple[str, ...]

@@ -5,40 +5,27 @@ A model is a hub id, a local directory, a `.gguf` file or an object-store URL of
 node, once, under a file lock. Weights are safetensors or GGUF.
 """
 
-import errno
-import fcntl
 import hashlib
-import json
-import logging
 import os
 import platform
-import shutil
 import tempfile
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import listing, storage
 from pipeline.config import ModelConfig
-from pipeline.errors import CherryError, ModelError
+from pipeline.errors import ModelError
+from pipeline.model_cache import HASHES, file_sha256, make_once
 from pipeline.settings import ModelRef
 from pipeline.storage_faults import reading
 
-log = logging.getLogger("cherry")
-
 CONVERSION_VERSION = 2
-_HASHES = "cherry_hashes.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _DESCRIPTION_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-_FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja")
+_FETCHED = (".safetensors", *(pattern.removeprefix("*") for pattern in _DESCRIPTION_FILES))
 
 
 def resolve(config: ModelConfig) -> ModelRef:
@@ -54,7 +41,7 @@ def resolve(config: ModelConfig) -> ModelRef:
     elif path.endswith(".gguf"):
         if not os.path.isfile(path):
             raise ModelError(f"model.path {path}: there is no such file.")
-        digest = _file_sha256(path, cache_dir)
+        digest = file_sha256(path, cache_dir)
         ref = ModelRef(os.path.abspath(path), "gguf", f"sha256:{digest}", cache_dir)
     elif os.path.isdir(path):
         digest = _directory_sha256(path, cache_dir)
@@ -94,9 +81,9 @@ def local_directory(ref: ModelRef, *, weights: bool = True) -> str:
     digest = _digest(ref)
     if ref.kind == "gguf":
         name = f"gguf{CONVERSION_VERSION}-{digest[:32]}"
-        return _once(ref.cache_dir, name, lambda into: _convert_gguf(ref, into))
+        return make_once(ref.cache_dir, name, lambda into: _convert_gguf(ref, into))
     name = f"url-{digest[:32]}" + ("" if weights else "-description")
-    return _once(ref.cache_dir, name, lambda into: _download(ref, into, weights))
+    return make_once(ref.cache_dir, name, lambda into: _download(ref, into, weights))
 
 
 def description_files(directory: str) -> list[str]:
@@ -104,7 +91,7 @@ def description_files(directory: str) -> list[str]:
     return [
         name
         for name in sorted(os.listdir(directory))
-        if name != _HASHES and any(fnmatch(name, pattern) for pattern in _DESCRIPTION_FILES)
+        if name != HASHES and any(fnmatch(name, pattern) for pattern in _DESCRIPTION_FILES)
     ]
 
 
@@ -130,28 +117,8 @@ def _directory_sha256(path: str, cache_dir: str) -> str:
         )
     digest = hashlib.sha256()
     for name in ["config.json", *weights]:
-        digest.update(f"{name}:{_file_sha256(os.path.join(path, name), cache_dir)}\n".encode())
+        digest.update(f"{name}:{file_sha256(os.path.join(path, name), cache_dir)}\n".encode())
     return digest.hexdigest()
-
-
-def _file_sha256(path: str, cache_dir: str) -> str:
-    """Content hash, remembered by path, size, inode and times: hashing 14 GB takes a while."""
-    path = os.path.realpath(path)
-    stat = os.stat(path)
-    seen = f"{path}:{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    key = hashlib.sha256(seen.encode()).hexdigest()
-    memo = Path(cache_dir, "hashes", key)
-    with suppress(OSError):
-        if len(known := memo.read_text()) == 64:
-            return known
-    with open(path, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    with suppress(OSError):  # no room for it, or no right to write: it is hashed again
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo.with_suffix(f".{uuid.uuid4().hex}.tmp")  # containers may share pids
-        temporary.write_text(digest)
-        temporary.replace(memo)
-    return digest
 
 
 def _files_at(url: str) -> list[listing.ObjectInfo]:
@@ -169,12 +136,12 @@ def _url_fingerprint(url: str) -> str:
             f"model.path {url}: expected config.json and *.safetensors, has: "
             f"{', '.join(names) or 'nothing'}."
         )
-    listing = [
+    facts = [
         f"{name}:{entry.size}:{entry.version}"
         for name, entry in zip(names, entries, strict=True)
         if name.endswith(_FETCHED)
     ]
-    return "etags:" + hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    return "etags:" + hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 def _hub_commit(name: str, revision: str | None) -> str:
@@ -203,78 +170,10 @@ def _hub_download(name: str, revision: str | None, patterns: list[str]) -> str:
         ) from err
 
 
-def _once(cache_dir: str, name: str, make: Callable[[str], None]) -> str:
-    """Make a directory in the cache, whole or not at all, by one process of the node.
-
-    Its files' hashes are recorded; a directory that no longer has them is made again.
-    """
-    final = Path(cache_dir, "models", name)
-    with _locked(final.with_suffix(".lock")):
-        if final.is_dir() and not _intact(final, cache_dir):
-            log.warning("%s: damaged in the cache, made again", final)
-            shutil.rmtree(final)
-        if not final.is_dir():
-            temporary = final.with_suffix(".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed here
-            try:
-                temporary.mkdir()
-                make(str(temporary))
-                hashes = {p.name: _file_sha256(str(p), cache_dir) for p in temporary.iterdir()}
-                Path(temporary, _HASHES).write_text(json.dumps(hashes, indent=1))
-                temporary.rename(final)
-            except Exception as err:
-                shutil.rmtree(temporary, ignore_errors=True)  # on a disk that may be full
-                cause = err.__cause__ if isinstance(err, CherryError) else err
-                if isinstance(cause, Exception) and _is_of_disk(cause):
-                    raise _unwritable(cause) from err
-                raise
-    return str(final)
-
-
-def _intact(directory: Path, cache_dir: str) -> bool:
-    record = directory / _HASHES
-    if not record.is_file():
-        return False
-    try:
-        hashes = dict(json.loads(record.read_text()))
-    except (ValueError, TypeError):
-        return False
-    return all(
-        (directory / name).is_file() and _file_sha256(str(directory / name), cache_dir) == digest
-        for name, digest in hashes.items()
-    )
-
-
-def _is_of_disk(err: Exception) -> bool:
-    """Whether an error is of the disk that is written to, and not of where it was read from."""
-    if isinstance(err, SafetensorError):  # it is raised by what saves, and has no number
-        return "os error" in str(err)
-    return isinstance(err, OSError) and err.errno in _FULL
-
-
-def _unwritable(err: Exception) -> ModelError:
-    return ModelError(
-        f"model.cache_dir: it cannot be written on node {platform.node()}: {err}. Make room there, "
-        "or name another directory."
-    )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")
-    except OSError as err:
-        raise _unwritable(err) from err
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # released by the system if the process dies
-        yield
-
-
 def _convert_gguf(ref: ModelRef, into: str) -> None:
     """Dequantise to float32 safetensors: a GGUF takes half a minute to load, this 0.1 s."""
     _check_here(ref)
-    if (digest := _file_sha256(ref.path, ref.cache_dir)) != _digest(ref):
+    if (digest := file_sha256(ref.path, ref.cache_dir)) != _digest(ref):
         raise ModelError(
             f"model.path {ref.path}: got sha256:{digest} on node {platform.node()}, expected "
             f"{ref.fingerprint}. Put the same file there on every node, or use a URL."

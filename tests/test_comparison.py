@@ -70,7 +70,7 @@ def test_held_out_rows_are_not_those_that_ties_prefer() -> None:
     assert sorted(held["sample_id"].to_pylist()) == names[2:]
 
 
-def test_a_comparison_may_have_over_two_billion_tokens() -> None:
+def test_offsets_of_examples_have_room_for_over_two_billion_tokens() -> None:
     assert all(pa.types.is_large_list(EXAMPLES.field(n).type) for n in ("input_ids", "is_target"))
 
 

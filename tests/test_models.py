@@ -25,6 +25,7 @@ from pipeline import model_files, models
 from pipeline.config import ModelConfig
 from pipeline.engine import Engine, TokenSequence
 from pipeline.errors import ModelError
+from pipeline.model_cache import make_once
 
 
 def resolve(path: Path, cache: Path, **options: str) -> model_files.ModelRef:
@@ -124,7 +125,7 @@ def _convert(ref: model_files.ModelRef) -> None:
     def make(into: str) -> None:
         save_file({"weight": torch.zeros(100_000)}, Path(into, "model.safetensors"))
 
-    model_files._once(ref.cache_dir, "converted", make)
+    make_once(ref.cache_dir, "converted", make)
 
 
 @pytest.mark.parametrize("step", [_fetch, _convert])
@@ -220,7 +221,7 @@ def _make_slowly(cache: str, log: str, barrier: Any) -> None:
         Path(into, "file").write_text("content")
 
     barrier.wait()
-    model_files._once(cache, "thing", make)
+    make_once(cache, "thing", make)
 
 
 def test_two_processes_make_a_cached_model_once(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def _die_halfway(cache: str) -> None:
         Path(into, "file").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    model_files._once(cache, "thing", make)
+    make_once(cache, "thing", make)
 
 
 def test_a_process_that_is_killed_leaves_no_half_model_and_no_lock(tmp_path: Path) -> None:
@@ -252,18 +253,18 @@ def test_a_process_that_is_killed_leaves_no_half_model_and_no_lock(tmp_path: Pat
     worker.start()
     worker.join(timeout=120)
     assert worker.exitcode == -signal.SIGKILL
-    made = model_files._once(str(tmp_path), "thing", lambda into: _write(into, "whole"))
+    made = make_once(str(tmp_path), "thing", lambda into: _write(into, "whole"))
     assert Path(made, "file").read_text() == "whole"
 
 
 def test_a_damaged_cached_model_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = Path(model_files._once(str(tmp_path), "thing", lambda into: _write(into, "whole")))
-    kept = model_files._once(str(tmp_path), "thing", lambda into: _write(into, "never"))
+    made = Path(make_once(str(tmp_path), "thing", lambda into: _write(into, "whole")))
+    kept = make_once(str(tmp_path), "thing", lambda into: _write(into, "never"))
     assert Path(kept, "file").read_text() == "whole"
     (made / "file").write_text("wh0le")
-    again = model_files._once(str(tmp_path), "thing", lambda into: _write(into, "new"))
+    again = make_once(str(tmp_path), "thing", lambda into: _write(into, "new"))
     assert Path(again, "file").read_text() == "new"
     assert "damaged" in caplog.text
 

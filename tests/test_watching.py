@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipeline import run
 from pipeline.parts import UnitDone
-from pipeline.report import RunProgress
+from pipeline.progress import RunProgress
 from pipeline.training_loop import StepDone
 from pipeline.watching import Pace, TrainingMetrics, _PaceMetrics
 
