@@ -53,10 +53,11 @@ def compile_layers(model: Any, compiled: Compiled) -> bool:
 
 
 def what_runs_compiled(model: Any, kernels: bool) -> Literal["layers", "kernels", "nothing"]:
-    """What came of it, for the metadata of a part: layers stand for kernels, too."""
+    """What came of it, for the metadata of a part: with layers go the kernels that a device has."""
     if any(layer._compiled_call_impl is not None for layer in repeated_layers(model)):
         return "layers"
-    return "kernels" if kernels else "nothing"
+    on_cpu = model.device.type == "cpu"
+    return "kernels" if kernels and (not on_cpu or cpu_kernels.can_run()) else "nothing"
 
 
 def run_as_written(model: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.config_base import ColumnField, Layout, Section
+from pipeline.config_base import ColumnMap, Layout, Section
 from pipeline.config_faults import describe, fault_of_url
 from pipeline.config_select import Ratio, SelectConfig
 from pipeline.config_training import CompareConfig, ExperienceConfig, TrainConfig
@@ -52,7 +52,7 @@ class InputConfig(Section):
     """Parquet, JSON or JSONL (.gz, .zst): files, directories or globs at any fsspec URL."""
     layout: Literal["auto"] | Layout = "auto"
     """`auto` looks for messages, conversations, prompt/completion, Alpaca, in this order."""
-    columns: dict[ColumnField, str | None] = Field(default={})
+    columns: ColumnMap = Field(default={})
     """Names of columns that differ from the layout's own, such as `{response: answer}`; null leaves
     an optional field out: input, system, history."""
     max_rows: Annotated[int, Field(gt=0)] | None = None

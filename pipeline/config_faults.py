@@ -33,11 +33,12 @@ def fault_of_url(url: str) -> str | None:
             "a URL carries credentials. Only references travel: take them out and set them in the "
             "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
         )
-    if _NAMED_USER.match(url):
+    if _NAMED_USER.search(url):
         return (
             f"got {url}, expected a URL without '@': what is in front of it is lost where files "
             "are listed. Write az://CONTAINER/PATH, with AZURE_STORAGE_ACCOUNT_NAME in the "
-            "environment, or hdfs://HOST/PATH, with HADOOP_USER_NAME"
+            "environment; hdfs://HOST/PATH, with HADOOP_USER_NAME; or sftp://HOST/PATH, with the "
+            "user in ~/.ssh/config"
         )
     if _MISTYPED.match(url):
         return f"got {url}, expected a path, or a URL such as s3://BUCKET/KEY"

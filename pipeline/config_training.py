@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config_base import ColumnField, Layout, Section
+from pipeline.config_base import ColumnMap, Layout, Section
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Seeds that NumPy, scikit-learn and torch all accept."""
@@ -107,7 +107,7 @@ class EvaluateConfig(Section):
     """As `input.path`."""
     layout: Literal["auto"] | Layout = "auto"
     """As `input.layout`."""
-    columns: dict[ColumnField, str | None] = Field(default={})
+    columns: ColumnMap = Field(default={})
     """As `input.columns`."""
     max_rows: Annotated[int, Field(gt=0)] | None = None
     """Only the first so many rows."""

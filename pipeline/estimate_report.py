@@ -28,7 +28,7 @@ def show_estimate(estimate: Estimate, console: Console) -> None:
     if not left:
         lines[1:] = ["nothing is left to score"]
     elif estimate.seconds_per_million_tokens is None or estimate.model_hours is None:
-        lines.append("--score 300 scores 300 of them, and says how long all take")
+        lines.append("--score 300 scores 300 rows, and says how long all of them would take")
     else:
         lines.append(
             f"{estimate.seconds_per_million_tokens:,.1f} s for a million tokens, one model on "

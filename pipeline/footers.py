@@ -5,7 +5,7 @@ that a rerun over shards that nobody has touched opens none of them. It is only 
 whose version differs is read again, and without the file all are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +54,21 @@ def read_footer(url: str, read_url: str) -> Footer:
     with storage.open_parquet(read_url) as parquet:
         row_groups: list[int] = []
         column_bytes = dict.fromkeys(parquet.schema_arrow.names, 0)
+        leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+        owners = [_top_level(path, column_bytes) for path in leaves]
         for index in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(index)
             row_groups.append(group.num_rows)
             for number in range(group.num_columns):
-                chunk = group.column(number)
-                name = _top_level(chunk.path_in_schema, column_bytes)
-                column_bytes[name] += chunk.total_uncompressed_size
+                column_bytes[owners[number]] += group.column(number).total_uncompressed_size
         return Footer(url, read_url, parquet.schema_arrow, tuple(row_groups), column_bytes)
 
 
-def _top_level(path: str, names: Iterable[str]) -> str:
+def _top_level(path: str, names: Container[str]) -> str:
     """The column of a path such as `messages.list.element.role`; its own name may have dots."""
-    return max((name for name in names if f"{path}.".startswith(f"{name}.")), key=len)
+    while path not in names and "." in path:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def load(output: str) -> Known:

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline import inputs, listing, storage
+from pipeline import listing, storage
 from pipeline.errors import InputError
+from pipeline.input_paths import reach_of
 from pipeline.job import Job
 from pipeline.listing import ObjectInfo
+from pipeline.storage_faults import is_outage
 from pipeline.texts import count
 from pipeline.uploads import Upload, abort_upload, dangling_uploads
 
@@ -89,8 +91,13 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     parts = [entry for entry in listed if _PART_NAME.fullmatch(_name_of(entry.url))]
     # By their last two names: s3a:// and s3:// are one bucket.
     named = {_name_of(job.plan.part_url(unit)) for job in jobs for unit in job.plan.units}
-    unnamed = [part for part in parts if _name_of(part.url) not in named]
-    strays = unnamed if all_scores else _of_input(unnamed, jobs[0].config.input.paths)
+    strays = [part for part in parts if _name_of(part.url) not in named]
+    num_elsewhere = 0
+    if not all_scores:
+        ours = _of_input(strays, jobs[0].config.input.paths)
+        elsewhere = {part.url for part in strays} - {part.url for part in ours}
+        parts = [part for part in parts if part.url not in elsewhere]
+        strays, num_elsewhere = ours, len(elsewhere)
     before = time.time() - KEEP_S
     old = [part for part in strays if part.modified < before]
     return Garbage(
@@ -98,7 +105,7 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
         uploads=dangling_uploads(output, KEEP_S),
         parts_looked_at=Counter(_folder_of(part.url) for part in parts),
         num_spared=len(strays) - len(old),
-        num_elsewhere=len(unnamed) - len(strays),
+        num_elsewhere=num_elsewhere,
         num_pending=len(named - {_name_of(part.url) for part in parts}),
         skipped=jobs[0].corpus.skipped,
     )
@@ -106,22 +113,22 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
 
 def _of_input(parts: list[ObjectInfo], paths: list[str]) -> list[ObjectInfo]:
     """Parts of shards that are, or may once have been, among what the paths name."""
+    reached = reach_of(paths)
     with ThreadPoolExecutor(max_workers=16) as pool:
-        shards = pool.map(_shard_of, [part.url for part in parts])
-        return [
-            part
-            for part, shard in zip(parts, shards, strict=True)
-            if shard is not None and any(inputs.reaches(path, shard) for path in paths)
-        ]
+        shards = list(pool.map(_shard_of, [part.url for part in parts]))
+    return [p for p, shard in zip(parts, shards, strict=True) if shard and reached(shard)]
 
 
 def _shard_of(part_url: str) -> str | None:
-    """Which shard a part is of; None where it does not say so any more."""
+    """Which shard a part is of; None where it is damaged and does not say."""
     try:
         with storage.open_parquet(part_url) as parquet:
-            unit = json.loads(parquet.schema_arrow.metadata[b"cherry.unit"])
-        return str(unit["shard_url"])
-    except (InputError, ValueError, TypeError, KeyError):
+            return str(json.loads(parquet.schema_arrow.metadata[b"cherry.unit"])["shard_url"])
+    except (ValueError, TypeError, KeyError):
+        return None
+    except InputError as err:
+        if is_outage(err):
+            raise
         return None
 
 

@@ -37,13 +37,9 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
     done = storage.join(folder, "_DONE.json")
     with using_output():
         there = listing.list_names(folder)
-    if "_DONE.json" in there:
-        try:
-            names = json.loads(storage.read_bytes(done))["pieces"]
-        except (ValueError, TypeError, KeyError):  # damaged
-            names = []
-        if names and set(names) <= there.keys():  # else somebody cleaned up
-            return [storage.join(folder, name) for name in names]
+        names = _pieces_of(done) if "_DONE.json" in there else []
+    if names and set(names) <= there.keys():  # else somebody cleaned up
+        return [storage.join(folder, name) for name in names]
     names = []
     texts: dict[str, bool] = {}
     num_good = num_bad = 0
@@ -53,8 +49,7 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
         piece = _to_parquet(rows, texts)
         # Named by content: what a run that is refused below has left there is no other's piece.
         name = f"piece-{number:05d}-{hashlib.sha256(piece).hexdigest()[:16]}.parquet"
-        with using_output():
-            storage.publish(storage.join(folder, name), piece)
+        storage.publish(storage.join(folder, name), piece)
         names.append(name)
     if not names and not entry.size and entry.url.lower().endswith(tuple(COMPRESSIONS)):
         raise InputError(
@@ -68,9 +63,16 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
             "object per line, or one array of objects."
         )
     record = {"source": entry.url, "version": entry.version, "pieces": names}
-    with using_output():
-        storage.publish(done, json.dumps(record, indent=1).encode())
+    storage.publish(done, json.dumps(record, indent=1).encode())
     return [storage.join(folder, name) for name in names]
+
+
+def _pieces_of(done: str) -> list[str]:
+    """Names of the pieces; none where the record is damaged."""
+    try:
+        return list(json.loads(storage.read_bytes(done))["pieces"])
+    except (ValueError, TypeError, KeyError):
+        return []
 
 
 _Row = tuple[dict[str, Any] | None, str | None, str]

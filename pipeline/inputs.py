@@ -4,10 +4,7 @@ Parquet is listed as it is; JSON and JSONL (also .gz, .zst) come through ingest.
 earlier run has seen are not opened again: see footers.py.
 """
 
-import fnmatch
 import logging
-import os
-import re
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +17,7 @@ from pipeline.config import InputConfig
 from pipeline.errors import ChangedError, InputError, StorageError
 from pipeline.footers import Footer, Known
 from pipeline.ingest import COMPRESSIONS, SUFFIXES, ingest
+from pipeline.input_paths import behind_links, hidden, overlap, refuse_overlap
 from pipeline.layouts import LAYOUT_ORDER, Columns, find_columns
 from pipeline.listing import ObjectInfo
 from pipeline.schemas import BAD_LINE
@@ -138,26 +136,14 @@ def _list_sources(config: InputConfig, output: str) -> list[ObjectInfo]:
     output = storage.absolute(output)
     for path in config.paths:
         path = storage.absolute(path)
-        _refuse_overlap(path, output)
+        refuse_overlap(path, output)
         for entry in _list_path(path):
             if entry.url.startswith(f"{output}/") and not path.startswith(f"{output}/"):
-                raise _overlap(path, output)
-            real = _behind_links(entry.url, output)
+                raise overlap(path, output)
+            real = behind_links(entry.url, output)
             # Of a file and links to it the file itself, else the first by name.
             found[real] = min(found.get(real, entry), entry, key=lambda e: (e.url != real, e.url))
     return sorted(found.values(), key=lambda entry: entry.url)
-
-
-def reaches(path: str, url: str) -> bool:
-    """Whether a shard at a URL would be read as one of a path: within it, or matched by it."""
-    path, file = storage.absolute(path), url.partition("#")[0]
-    if not listing.is_glob(path):
-        return file == path or file.startswith(f"{path}/")
-    base, star, _ = path.partition("**")
-    parts, names = base.split("/"), file.split("/")
-    if star:
-        parts[-1] += "*"
-    return len(names) >= len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
 
 
 def remember_footers(corpus: Corpus, output: str) -> None:
@@ -172,7 +158,7 @@ def _list_path(path: str) -> list[ObjectInfo]:
     except InputError as err:
         raise InputError(f"input {err}") from None
     named = len(entries) == 1 and entries[0].url == path
-    fitting = [e for e in entries if _format(e.url) and (named or not _hidden(path, e.url))]
+    fitting = [e for e in entries if _format(e.url) and (named or not hidden(path, e.url))]
     if unknown := next((e for e in fitting if not e.version), None):
         raise InputError(
             f"input {unknown.url}: its store tells neither an ETag nor when it was written, so "
@@ -180,7 +166,7 @@ def _list_path(path: str) -> list[ObjectInfo]:
             "bucket."
         )
     if fitting:
-        if others := [e for e in entries if not _format(e.url) and not _hidden(path, e.url)]:
+        if others := [e for e in entries if not _format(e.url) and not hidden(path, e.url)]:
             names = ", ".join(entry.url.rpartition("/")[2] for entry in others[:3])
             log.info("input %s: %d other files are not read (%s)", path, len(others), names)
         return fitting
@@ -193,17 +179,6 @@ def _list_path(path: str) -> list[ObjectInfo]:
     )
 
 
-def _hidden(base: str, url: str) -> bool:
-    """Markers and temporary files of other tools: names that begin with '_' or '.'.
-
-    Directories below `base` count too: `_temporary/0/part-0.parquet` is an unfinished job's.
-    """
-    root = base
-    if listing.is_glob(base):
-        root = re.split(r"[*?[]", base)[0].rpartition("/")[0]
-    return any(map(listing.is_hidden, url.removeprefix(root).strip("/").split("/")))
-
-
 def _format(url: str) -> str | None:
     name = url.lower()
     if name.endswith((".parquet", ".pq")):
@@ -211,41 +186,6 @@ def _format(url: str) -> str | None:
     for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
     return "json" if name.endswith(SUFFIXES) else None
-
-
-def _refuse_overlap(path: str, output: str) -> None:
-    base = path
-    if listing.is_glob(path):
-        base = re.split(r"[*?[]", path)[0].rpartition("/")[0]
-        if "**" not in path:  # the output, or what comes to lie in it or around it, would match
-            parts, inside = path.split("/"), output.split("/")
-            above = len(inside) < len(base.split("/"))
-            if not above and all(map(fnmatch.fnmatchcase, inside, parts)):
-                raise _overlap(path, output)
-            return
-    if output == base or output.startswith(base + "/"):
-        raise _overlap(path, output)
-
-
-def _overlap(path: str, output: str) -> InputError:
-    return InputError(
-        f"output {output}: it lies inside the input {path}, so that the next run would take "
-        "its own results for input. Choose an output beside the input."
-    )
-
-
-def _behind_links(url: str, output: str) -> str:
-    """Where a local file really is; other URLs as they are."""
-    if not storage.is_local(url):
-        return url
-    real = os.path.realpath(url)
-    inside = f"{os.path.realpath(output)}/"
-    if real.startswith(inside) and not url.startswith(f"{output}/"):
-        raise InputError(
-            f"input {url}: it is, by a link, part of the output {output}, so that a run would take "
-            "its own results for input. Take out the link, or choose another output."
-        )
-    return real
 
 
 def _read(source: ObjectInfo, output: str) -> list[Footer] | InputError:

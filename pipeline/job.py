@@ -26,8 +26,8 @@ from pipeline.units import Plan
 log = logging.getLogger("cherry")
 
 _WORTH_COMPILING = 10**12
-"""Parameters times rows from which on a CPU's layers are compiled: some ten minutes of two cores at
-135M, which compiling for 5 to 20 s makes shorter by a twentieth or more."""
+"""A CPU's layers are compiled from so many parameters times rows on: some ten minutes of two cores
+at 135M, which compiling for 5 to 20 s makes shorter by a twentieth or more."""
 
 
 @dataclass(frozen=True)

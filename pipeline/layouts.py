@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline.config_base import Layout
+from pipeline.config_base import OPTIONAL_FIELDS, Layout
 from pipeline.errors import InputError
 
 LAYOUT_ORDER: tuple[Layout, ...] = ("messages", "sharegpt", "prompt_completion", "alpaca")
@@ -35,7 +35,7 @@ class Columns:
         return f"{self.layout} ({', '.join(f'{k}={v}' for k, v in self.names.items())})"
 
 
-# Field -> names to try, the layout's own first. A field in _OPTIONAL may be absent,
+# Field -> names to try, the layout's own first. A field in OPTIONAL_FIELDS may be absent,
 # unless the config maps it.
 _FIELDS: dict[Layout, dict[str, tuple[str, ...]]] = {
     "messages": {"messages": ("messages",), "system": ("system",)},
@@ -54,7 +54,6 @@ _FIELDS: dict[Layout, dict[str, tuple[str, ...]]] = {
         "history": ("history",),
     },
 }
-_OPTIONAL = {"input", "system", "history"}
 _TEXT_FIELDS = {"instruction", "input", "response", "system", "prompt"}
 
 
@@ -73,18 +72,15 @@ def find_columns(
     Raises:
         InputError: No layout fits, a column is missing, its type is wrong, or two may be meant.
     """
-    if nulls := [f for f, name in mapped.items() if name is None and f not in _OPTIONAL]:
-        raise InputError(
-            f"key 'input.columns.{nulls[0]}': got null, which leaves a column out, and a row needs "
-            f"its {nulls[0]}. Name the column, or take the key out."
-        )
     tried = LAYOUT_ORDER if layout == "auto" else (layout,)
     for candidate in tried:
         fields = _FIELDS[candidate]
         if not {field for field, name in mapped.items() if name is not None} <= set(fields):
             continue  # a mapped field names the layout: {prompt: question} is never Alpaca
         names = {f: _resolve(f, fields[f], schema, mapped) for f in fields}
-        needed = set(fields) - _OPTIONAL | {f for f, name in mapped.items() if name is not None}
+        needed = set(fields) - OPTIONAL_FIELDS | {
+            f for f, name in mapped.items() if name is not None
+        }
         missing = [f for f, name in names.items() if name is None and f in needed]
         if not missing:
             found = Columns(candidate, {f: n for f, n in names.items() if n is not None})
@@ -162,7 +158,11 @@ def _check_types(schema: pa.Schema, where: str, columns: Columns) -> None:
             raise InputError(
                 f"shard {where}: column '{column}' has type {kind}, expected {expected} for "
                 f"layout {columns.layout}. Convert it, or map another: input.columns.{name}=NAME"
-                + (f"; input.columns.{name}=null leaves it out." if name in _OPTIONAL else ".")
+                + (
+                    f"; input.columns.{name}=null leaves it out."
+                    if name in OPTIONAL_FIELDS
+                    else "."
+                )
             )
 
 

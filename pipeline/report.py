@@ -94,7 +94,7 @@ def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
         lines.append(f"{spared} younger than 24 hours: spared")
     if garbage.num_elsewhere:
         elsewhere = count(garbage.num_elsewhere, "part")
-        lines.append(f"{elsewhere} of shards elsewhere, as of another input: spared, but for --all")
+        lines.append(f"{elsewhere} of shards that input.path does not reach: spared, but for --all")
     names = [part.url for part in garbage.parts] + [upload.url for upload in garbage.uploads]
     lines += names[:_GARBAGE_SHOWN]
     if len(names) > _GARBAGE_SHOWN:

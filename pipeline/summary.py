@@ -15,9 +15,10 @@ from pipeline.units import Plan
 log = logging.getLogger("cherry")
 
 _UNSCORED = {
-    "prompt_overlong": "Raise score.max_length.",
-    "too_short": "See the statuses in the README: a preset with a marker scores shorter answers.",
-    "empty_response": "Look at the layout, and at input.columns.response.",
+    "prompt_overlong": "Raise score.max_length, as far as the model has positions.",
+    "too_short": "Their answers have no token that can be scored alone: score.preset: cherry puts "
+    "a marker before an answer, and scores shorter ones.",
+    "empty_response": "Look at the layout that their columns were read as.",
 }
 """What to do where most rows have this status; for failures there is score.max_error_fraction."""
 

@@ -5,10 +5,12 @@ import re
 import unicodedata
 
 SECRET_NAME = re.compile(
-    r"SECRET|PASSW|PASS$|CREDENTIAL|CONNECTION_STRING|API_?KEY|(^|_)(TOKEN|KEY|AUTH)(_ID)?$",
+    r"SECRET|PASSW|PASSPHRASE|PASS$|CREDENTIAL|CONNECTION_STRING|API_?KEY"
+    r"|(TOKEN|KEY|AUTH)S?(_ID|_?\d+)?$|(^|_)(TOKEN|KEY|AUTH)S?_(?!MODE$|FILE$|PATH$)",
     re.IGNORECASE,
 )
-"""Of variables whose values are nobody's business: HF_TOKEN is one, TOKENIZERS_PARALLELISM not."""
+"""Of variables whose values are nobody's business, when in doubt; but `TOKENIZERS_PARALLELISM` and
+`RAY_AUTH_MODE` are no secrets."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LEAST_SECRET = 8
 """Characters; a shorter value is part of ordinary words."""

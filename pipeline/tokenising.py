@@ -111,7 +111,7 @@ def prepare(
 
 
 @functools.cache
-def renderer(settings: ScoringSettings, *, direct: bool = True) -> Renderer:
+def renderer(settings: ScoringSettings, direct: bool = True) -> Renderer:
     """One per worker process: loading a tokenizer takes longer than tokenising a unit.
 
     `direct` as in Renderer: whether answers are scored alone, too.
@@ -126,7 +126,8 @@ def tokenise(
     row_indices: npt.NDArray[np.int64], samples: Sequence[Sample], settings: ScoringSettings
 ) -> pa.Table:
     """Render and tokenise samples, in the TOKENS schema."""
-    rendered = renderer(settings, direct=settings.measure == "ifd")(samples)
+    render = renderer(settings) if settings.measure == "ifd" else renderer(settings, False)
+    rendered = render(samples)
     ids = [
         None if r.status == "malformed" else sample_id(s.messages)
         for r, s in zip(rendered, samples, strict=True)

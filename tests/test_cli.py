@@ -153,8 +153,7 @@ def test_a_mapped_column_that_is_missing(refused: Callable[..., str]) -> None:
 
 def test_a_needed_column_that_is_left_out(refused: Callable[..., str]) -> None:
     said = refused("input.columns.response=null")
-    assert_says(said, "key 'input.columns.response': got null", "a row needs its response")
-    assert_says(said, "Name the column, or take the key out")
+    assert_says(said, "key 'input.columns': null for response leaves out a column", "Name the")
 
 
 @pytest.mark.parametrize("skip", ["skip", "fail"])

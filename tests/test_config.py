@@ -274,7 +274,12 @@ def test_a_mistyped_url_is_no_local_path(key: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["abfss://container@account.dfs.core.windows.net/x", "hdfs://etl@namenode:8020/x"]
+    "url",
+    [
+        "abfss://container@account.dfs.core.windows.net/x",
+        "hdfs://etl@namenode:8020/x",
+        "simplecache::abfs://container@account.dfs.core.windows.net/x",
+    ],
 )
 def test_a_user_in_a_url_is_no_secret_but_is_lost_in_listings(url: str) -> None:
     said = refusal(input={"path": url})

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,16 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROWS, S3, write_parquet
+from fsspec import AbstractFileSystem
 from typer.testing import CliRunner, Result
 
-from pipeline import garbage, inputs, run, uploads
+from pipeline import garbage, run, storage, uploads
 from pipeline.cli import app
 from pipeline.config import parse
 from pipeline.config_training import ExperienceConfig
 from pipeline.errors import InputError
 from pipeline.garbage import Garbage
+from pipeline.input_paths import reach_of
 from pipeline.job import check, plan
 from pipeline.listing import ObjectInfo
 
@@ -173,7 +178,7 @@ def test_parts_of_another_input_stay_unless_all(config: Any, corpus: Path) -> No
     assert len(before - parts(config)) == 1
     assert run.score(theirs).summary.units_scored == 0
     age(config)
-    assert "1 part of shards elsewhere, as of another input: spared" in gc(config).stdout
+    assert "1 part of shards that input.path does not reach: spared" in gc(config).stdout
     assert len(found(config, "--all")["parts"]) == 1
 
 
@@ -188,14 +193,65 @@ def test_parts_of_another_input_stay_unless_all(config: Any, corpus: Path) -> No
         ("/d/*.parquet", "/d/gone.jsonl#0", False),
         ("/d/x*", "/d/xy/a.parquet", True),
         ("/d/**/a.parquet", "/d/x/y/a.parquet", True),
-        ("/d/x**", "/d/xy/a.parquet", True),
+        ("/d/**/train-*.parquet", "/d/x/train-0.parquet", True),
+        ("/d/**/train-*.parquet", "/d/x/test-0.parquet", False),
+        ("/d/*", "/d/a.parquet", True),
+        ("/d/*", "/d/sub/a.parquet", False),
+        ("/d", "/d/_raw/a.parquet", False),
+        ("/d/_raw", "/d/_raw/a.parquet", True),
+        ("/d/_a.parquet", "/d/_a.parquet", True),
+        ("/d/c#1", "/d/c#1/a.parquet", True),
+        ("hdfs://head:8020/d", "hdfs:///d/a.parquet", True),
         ("/d/x/**", "/d/y/a.parquet", False),
         ("s3a://b/d", "s3://b/d/a.parquet", True),
         ("s3://b/d", "s3://bb/d/a.parquet", False),
     ],
 )
-def test_what_a_path_reaches_is_its_own(path: str, url: str, reached: bool) -> None:
-    assert inputs.reaches(path, url) == reached
+def test_what_a_path_reaches_is_its_own(
+    path: str, url: str, reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path.startswith("hdfs"):  # whose class wants a cluster to be made
+        monkeypatch.setattr(
+            storage, "filesystem", lambda url: (_Named("hdfs"), re.sub("hdfs://[^/]*", "", url))
+        )
+    assert reach_of([path])(url) == reached
+
+
+class _Named(AbstractFileSystem):  # type: ignore[misc]
+    cachable = False
+
+    def __init__(self, protocol: str) -> None:
+        super().__init__()
+        self.protocol = protocol
+
+
+def test_another_input_does_not_make_a_mistake_look_small(config: Any, corpus: Path) -> None:
+    other = corpus.parent / "other"
+    write_parquet(other / "shard-0.parquet", ROWS[:15])
+    elsewhere = config.input.model_copy(update={"path": str(other)})
+    for first in (1, 2, 3):
+        write_parquet(other / f"shard-{first}.parquet", ROWS[first : first + 5])
+    run.score(config.model_copy(update={"input": elsewhere}))
+    (corpus / "shard-0.parquet").unlink()
+    (corpus / "shard-1.parquet").unlink()
+    age(config)
+    refused = gc(config, "--delete")
+    assert "3 of 4 parts in scores would go, more than half" in refused.stderr
+
+
+def test_what_cannot_be_read_for_now_is_not_another_input(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    age(config)
+
+    @contextmanager
+    def forbidden(url: str) -> Iterator[None]:
+        raise InputError(f"{url}: permission denied") from PermissionError(url)
+        yield
+
+    monkeypatch.setattr(garbage.storage, "open_parquet", forbidden)
+    with pytest.raises(InputError, match="permission denied"):
+        garbage._shard_of(str(next(iter(parts(config)))))
 
 
 def test_scores_stay_where_no_model_says_whose_they_are(config: Any) -> None:

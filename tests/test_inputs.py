@@ -233,6 +233,8 @@ def test_a_link_that_leads_nowhere_matters_where_it_would_be_read(
         ("*.parquet", "x.parquet/deep/out"),  # a directory that matches is read as a whole
         ("data [v2]", "data [v2]/out"),  # no glob
         ("?n_1/**", "en_1/out"),
+        ("en_*/**", "en_out"),
+        ("en_**", "en_out/deep"),
     ],
 )
 def test_an_output_that_the_input_will_hold_is_refused(
@@ -734,6 +736,8 @@ def test_an_output_inside_the_input_is_refused(tmp_path: Path, source: str, outp
         *itertools.product(("in", "in/*", "in/*.parquet"), ("an-output", "out", ".")),
         ("in/*.parquet", "in/out"),  # which nothing there will match
         ("in/a*", "in/out"),
+        ("i*/**", "out"),
+        ("i*/**/*.parquet", "other/out"),
     ],
 )
 def test_an_output_that_the_input_will_not_hold_is_accepted(

@@ -243,6 +243,16 @@ def test_what_cannot_work_is_not_sent(
     assert "word" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["ACCESSKEY", "SASTOKEN", "GITHUB_TOKENS", "HF_TOKEN_2", "TOKEN_HF", "openai_key_prod",
+     "SIGNING_KEY_PEM", "KEY_PASSPHRASE", "HTTP_AUTH_HEADER", "AUTHTOKEN", "DB_PASS"],
+)  # fmt: skip
+def test_what_may_be_a_secret_is_not_sent(name: str) -> None:
+    with pytest.raises(errors.ConfigError, match="it looks like a secret"):
+        submitting._parse_variables([f"{name}=x"])
+
+
 def test_what_only_sounds_like_a_secret_is_sent() -> None:
     pairs = ["TOKENIZERS_PARALLELISM=false", "RAY_AUTH_MODE=token", "AUTHOR=x", "KEYS_FILE=/k"]
     assert len(submitting._parse_variables(pairs)) == len(pairs)
