@@ -56,7 +56,7 @@ def what_runs_compiled(model: Any, kernels: bool) -> Literal["layers", "kernels"
     """What came of it, for the metadata of a part: with layers go the kernels that a device has."""
     if any(layer._compiled_call_impl is not None for layer in repeated_layers(model)):
         return "layers"
-    on_cpu = model.device.type == "cpu"
+    on_cpu = next(model.parameters()).device.type == "cpu"
     return "kernels" if kernels and (not on_cpu or cpu_kernels.can_run()) else "nothing"
 
 

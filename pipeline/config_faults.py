@@ -10,7 +10,7 @@ _CREDENTIALS = re.compile(r"://([^/]*|[^/:]+:(?!\d+/)[^@]*)@")
 """`user:secret@` in any URL of a chain. AWS secrets may hold slashes; `host:8020/` is no secret."""
 _SIGNED = re.compile(r"[?&](x-amz-\w+|x-goog-\w+|signature|sig|(access_)?token)=", re.IGNORECASE)
 """A presigned URL is a credential itself."""
-_NAMED_USER = re.compile(r"\b(az|abfss?|hdfs|webhdfs|sftp|ssh)://[^/:@]+@", re.IGNORECASE)
+_NAMED_USER = re.compile(r"\b(az|abfss?|hdfs|webhdfs)://[^/:@]+@", re.IGNORECASE)
 """Of Azure `container@account`. It is no secret, but not a part of the path either."""
 
 
@@ -33,12 +33,11 @@ def fault_of_url(url: str) -> str | None:
             "a URL carries credentials. Only references travel: take them out and set them in the "
             "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
         )
-    if _NAMED_USER.search(url):
+    if any(map(_NAMED_USER.match, url.split("::"))):  # links of a chain
         return (
             f"got {url}, expected a URL without '@': what is in front of it is lost where files "
             "are listed. Write az://CONTAINER/PATH, with AZURE_STORAGE_ACCOUNT_NAME in the "
-            "environment; hdfs://HOST/PATH, with HADOOP_USER_NAME; or sftp://HOST/PATH, with the "
-            "user in ~/.ssh/config"
+            "environment, or hdfs://HOST/PATH, with HADOOP_USER_NAME"
         )
     if _MISTYPED.match(url):
         return f"got {url}, expected a path, or a URL such as s3://BUCKET/KEY"

@@ -34,7 +34,7 @@ class Garbage:
     uploads: list[Upload]
     """Unfinished multipart uploads and temporary files under the output, older than a day."""
     parts_looked_at: Counter[str]
-    """How many, by the folder of all fingerprints: `scores`, `embeddings`."""
+    """How many, by the folder of all fingerprints: `scores`, `embeddings`. None of elsewhere."""
     num_spared: int
     """Parts that no unit names, younger than a day."""
     num_elsewhere: int
@@ -63,7 +63,7 @@ class Garbage:
             "uploads": [upload.url for upload in self.uploads],
             "spared_parts": self.num_spared,
             "parts_of_other_inputs": self.num_elsewhere,
-            "parts_total": self.num_parts,
+            "parts_total": self.num_parts + self.num_elsewhere,
             "deleted": deleted,
         }
 

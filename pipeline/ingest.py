@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow as pa
@@ -49,7 +50,8 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
         piece = _to_parquet(rows, texts)
         # Named by content: what a run that is refused below has left there is no other's piece.
         name = f"piece-{number:05d}-{hashlib.sha256(piece).hexdigest()[:16]}.parquet"
-        storage.publish(storage.join(folder, name), piece)
+        with using_output() if number == 0 else nullcontext():
+            storage.publish(storage.join(folder, name), piece)
         names.append(name)
     if not names and not entry.size and entry.url.lower().endswith(tuple(COMPRESSIONS)):
         raise InputError(

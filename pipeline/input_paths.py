@@ -37,7 +37,9 @@ def _glob_test(pattern: str) -> Callable[[str], bool]:
     parts = pattern.split("/")
     if "**" in pattern:
         match = re.compile(glob_translate(pattern)).match
-        return lambda url: any(match(str(name)) for name in (url, *_folders_of(url)))
+        if not storage.is_local(pattern):  # a store gives what matches, and nothing below it
+            return lambda url: bool(match(url))
+        return lambda url: any(map(match, (url, *_folders_of(url))))
     if parts[-1] == "*":  # files only
         return lambda url: url.count("/") == pattern.count("/") and _fits(url, parts)
     return lambda url: url.count("/") >= pattern.count("/") and _fits(url, parts)

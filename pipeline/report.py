@@ -93,8 +93,10 @@ def show_garbage(garbage: Garbage, deleted: bool, console: Console) -> None:
         spared = count(garbage.num_spared, "part")
         lines.append(f"{spared} younger than 24 hours: spared")
     if garbage.num_elsewhere:
-        elsewhere = count(garbage.num_elsewhere, "part")
-        lines.append(f"{elsewhere} of shards that input.path does not reach: spared, but for --all")
+        what = "part is" if garbage.num_elsewhere == 1 else "parts are"
+        lines.append(
+            f"{garbage.num_elsewhere:,} {what} another input's or damaged: left alone without --all"
+        )
     names = [part.url for part in garbage.parts] + [upload.url for upload in garbage.uploads]
     lines += names[:_GARBAGE_SHOWN]
     if len(names) > _GARBAGE_SHOWN:

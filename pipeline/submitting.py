@@ -8,6 +8,7 @@ the cluster has it installed.
 
 import itertools
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -26,13 +27,22 @@ from pipeline import __version__
 from pipeline.config import Config, load
 from pipeline.config_faults import carries_credentials
 from pipeline.errors import ConfigError
-from pipeline.texts import SECRET_NAME, describe_cause
+from pipeline.texts import describe_cause
 from pipeline.units import fingerprint
 
 Command = Literal["run", "score", "select", "experience", "train", "compare"]
 
 _SCORING: tuple[Command, ...] = ("run", "score", "experience")
 """Commands that know `--retry-errors`."""
+
+_SECRET = re.compile(
+    r"KEY|SECRET|TOKEN(?!I[SZ])|PASS(W|PHRASE|$)|_PWD$|_PAT$|CREDENTIAL|CREDS|CONNECTION_STRING"
+    r"|AUTH(?!ORS?(_|$))",
+    re.IGNORECASE,
+)
+"""Names of what may be a secret: when in doubt it is one, as a refusal costs a line."""
+_HARMLESS_NAME = re.compile(r"_(MODE|TYPE|FILE|PATH|DIR|URL)$", re.IGNORECASE)
+_HARMLESS_VALUE = re.compile(r"\d{1,6}|true|false", re.IGNORECASE)
 
 _DISTRIBUTION = "cherry-pipeline"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -130,7 +140,8 @@ def _parse_variables(pairs: list[str]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not (name and equals):
             raise ConfigError(f"--env {name}: expected NAME=value.")
-        if SECRET_NAME.search(name) or carries_credentials(value):
+        harmless = _HARMLESS_NAME.search(name) or _HARMLESS_VALUE.fullmatch(value)
+        if (_SECRET.search(name) and not harmless) or carries_credentials(value):
             raise ConfigError(
                 f"--env {name}: it looks like a secret, and Ray shows the environment of a job to "
                 "everyone who reaches the cluster. Nothing was sent. Give it to the nodes instead: "

@@ -16,8 +16,7 @@ log = logging.getLogger("cherry")
 
 _UNSCORED = {
     "prompt_overlong": "Raise score.max_length, as far as the model has positions.",
-    "too_short": "Their answers have no token that can be scored alone: score.preset: cherry puts "
-    "a marker before an answer, and scores shorter ones.",
+    "too_short": "Set score.preset=cherry, whose marker lets shorter answers be scored.",
     "empty_response": "Look at the layout that their columns were read as.",
 }
 """What to do where most rows have this status; for failures there is score.max_error_fraction."""

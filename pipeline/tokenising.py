@@ -126,6 +126,7 @@ def tokenise(
     row_indices: npt.NDArray[np.int64], samples: Sequence[Sample], settings: ScoringSettings
 ) -> pa.Table:
     """Render and tokenise samples, in the TOKENS schema."""
+    # Called as elsewhere: the cache would keep another tokenizer for `direct=True`.
     render = renderer(settings) if settings.measure == "ifd" else renderer(settings, False)
     rendered = render(samples)
     ids = [

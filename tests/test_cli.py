@@ -158,15 +158,16 @@ def test_a_needed_column_that_is_left_out(refused: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize("skip", ["skip", "fail"])
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("output", ["file/out", "/proc/absent"])  # which cannot be listed, or can
 def test_an_output_that_cannot_be_written(
-    refused: Callable[..., str], corpus: Path, tmp_path: Path, kind: str, skip: str
+    refused: Callable[..., str], corpus: Path, tmp_path: Path, kind: str, skip: str, output: str
 ) -> None:
     """Whatever of it is written first."""
     (tmp_path / "file").write_text("no directory")
     if kind == "jsonl":
         (corpus / "late.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
-    said = refused(f"output={tmp_path}/file/out", f"input.on_bad_shard={skip}")
-    assert_says(said, "output: ", "Not a directory", "Check the path, the credentials")
+    said = refused(f"output={tmp_path / output}", f"input.on_bad_shard={skip}")
+    assert_says(said, "output: ", tmp_path / output, "Check the path, the credentials")
 
 
 def test_a_wrong_column_type(refused: Callable[..., str], corpus: Path) -> None:

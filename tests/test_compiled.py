@@ -11,7 +11,7 @@ from conftest import tiny_model
 from test_engine import FAMILIES, UNPACKABLE, oracle, sequences_of
 
 from pipeline import forward, projection
-from pipeline.compiled import repeated_layers
+from pipeline.compiled import repeated_layers, what_runs_compiled
 from pipeline.engine import Engine
 from pipeline.packing import Pack
 
@@ -111,6 +111,17 @@ def test_what_compiled_layers_are_compared_with_is_never_compiled() -> None:
     for layer in repeated_layers(model):
         layer.compile(backend=asked)
     forward.run_alone(model, model, np.arange(5, dtype=np.int32))
+
+
+def test_parts_say_what_ran_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    monkeypatch.setattr("pipeline.cpu_kernels.can_run", lambda: False)
+    assert what_runs_compiled(model, True) == "nothing"
+    monkeypatch.setattr("pipeline.cpu_kernels.can_run", lambda: True)
+    assert what_runs_compiled(model, True) == "kernels"
+    assert what_runs_compiled(model, False) == "nothing"
+    repeated_layers(model)[0].compile(backend="eager")
+    assert what_runs_compiled(model, False) == "layers"
 
 
 def test_a_compiler_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

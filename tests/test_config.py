@@ -289,7 +289,8 @@ def test_a_user_in_a_url_is_no_secret_but_is_lost_in_listings(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///data/x", "memory:///x", "hf://datasets/a/b", "a:b/c", "/s3:/x"]
+    "url",
+    ["/data/hdfs://a@b/x", "file:///data/x", "memory:///x", "hf://datasets/a/b", "a:b/c", "/s3:/x"],
 )
 def test_what_may_be_meant_is_taken(url: str) -> None:
     assert config.parse({**MINIMAL, "output": url}).output == url

@@ -178,7 +178,7 @@ def test_parts_of_another_input_stay_unless_all(config: Any, corpus: Path) -> No
     assert len(before - parts(config)) == 1
     assert run.score(theirs).summary.units_scored == 0
     age(config)
-    assert "1 part of shards that input.path does not reach: spared" in gc(config).stdout
+    assert "1 part is another input's or damaged: left alone" in gc(config).stdout
     assert len(found(config, "--all")["parts"]) == 1
 
 
@@ -195,6 +195,9 @@ def test_parts_of_another_input_stay_unless_all(config: Any, corpus: Path) -> No
         ("/d/**/a.parquet", "/d/x/y/a.parquet", True),
         ("/d/**/train-*.parquet", "/d/x/train-0.parquet", True),
         ("/d/**/train-*.parquet", "/d/x/test-0.parquet", False),
+        ("/d/**/part-*", "/d/x/part-v2/a.parquet", True),
+        ("s3://b/d/**/part-*", "s3://b/d/x/part-0.parquet", True),
+        ("s3://b/d/**/part-*", "s3://b/d/x/part-v2/a.parquet", False),
         ("/d/*", "/d/a.parquet", True),
         ("/d/*", "/d/sub/a.parquet", False),
         ("/d", "/d/_raw/a.parquet", False),

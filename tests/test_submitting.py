@@ -246,7 +246,8 @@ def test_what_cannot_work_is_not_sent(
 @pytest.mark.parametrize(
     "name",
     ["ACCESSKEY", "SASTOKEN", "GITHUB_TOKENS", "HF_TOKEN_2", "TOKEN_HF", "openai_key_prod",
-     "SIGNING_KEY_PEM", "KEY_PASSPHRASE", "HTTP_AUTH_HEADER", "AUTHTOKEN", "DB_PASS"],
+     "SIGNING_KEY_PEM", "KEY_PASSPHRASE", "HTTP_AUTH_HEADER", "AUTHTOKEN", "DB_PASS",
+     "AUTHORIZATION", "HFTOKEN_PROD", "AWS_CREDS", "MYSQL_PWD", "GITHUB_PAT"],
 )  # fmt: skip
 def test_what_may_be_a_secret_is_not_sent(name: str) -> None:
     with pytest.raises(errors.ConfigError, match="it looks like a secret"):
@@ -254,7 +255,10 @@ def test_what_may_be_a_secret_is_not_sent(name: str) -> None:
 
 
 def test_what_only_sounds_like_a_secret_is_sent() -> None:
-    pairs = ["TOKENIZERS_PARALLELISM=false", "RAY_AUTH_MODE=token", "AUTHOR=x", "KEYS_FILE=/k"]
+    pairs = [
+        "TOKENIZERS_PARALLELISM=x", "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH=/t", "AUTHOR=x",
+        "MAX_TOKENS=8192", "SORT_BY_KEY=true",
+    ]  # fmt: skip
     assert len(submitting._parse_variables(pairs)) == len(pairs)
 
 
