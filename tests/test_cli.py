@@ -597,6 +597,8 @@ def test_a_wrong_command_line_exits_2(arguments: list[str]) -> None:
 
 def test_what_a_library_logs_is_text_and_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_KEY", "a-key-of-a-store")
+    monkeypatch.setenv("SORT_KEY_COLUMN", "row \x1b[31m")  # no secret: what it says stays
+    monkeypatch.setenv("OS_AUTH_TYPE", "a-key-of")
     quoted = "row \x1b[31mred\x1b[0m under a-key-of-a-store"
     record = logging.LogRecord("ray.data", logging.ERROR, "", 0, quoted, None, None)
     said = terminal._Formatter("%(message)s").format(record)
