@@ -99,9 +99,9 @@ class ScoreConfig(Section):
     1e-5 in float32; `[]` computes everything plainly."""
     compile: Literal["auto"] | bool = "auto"
     """What is compiled on the nodes: our own kernels, by a C compiler, and the model's layers, on
-    CPUs by a C++ compiler and in up to 20 s at the start of an actor. `auto` leaves the layers out
-    on CPUs where rows times parameters are under 10**12, some ten minutes of two cores. `true` is
-    everything, `false` nothing. Scores agree within 1e-5 in float32."""
+    CPUs by a C++ compiler. `auto` leaves the layers out on CPUs where rows times parameters are
+    under 10**12, some ten minutes of two cores. `true` is everything, `false` nothing. Scores agree
+    within 1e-5 in float32."""
     unit_rows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Rows of a work unit. `auto` aims at tens of seconds from footer and model size alone."""
     reuse: Literal["rows", "units"] = "rows"

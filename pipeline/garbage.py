@@ -92,12 +92,8 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     # By their last two names: s3a:// and s3:// are one bucket.
     named = {_name_of(job.plan.part_url(unit)) for job in jobs for unit in job.plan.units}
     strays = [part for part in parts if _name_of(part.url) not in named]
-    num_elsewhere = 0
-    if not all_scores:
-        ours = _of_input(strays, jobs[0].config.input.paths)
-        elsewhere = {part.url for part in strays} - {part.url for part in ours}
-        parts = [part for part in parts if part.url not in elsewhere]
-        strays, num_elsewhere = ours, len(elsewhere)
+    elsewhere = set() if all_scores else _elsewhere(strays, jobs[0].config.input.paths)
+    parts, strays = ([p for p in some if p.url not in elsewhere] for some in (parts, strays))
     before = time.time() - KEEP_S
     old = [part for part in strays if part.modified < before]
     return Garbage(
@@ -105,18 +101,21 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
         uploads=dangling_uploads(output, KEEP_S),
         parts_looked_at=Counter(_folder_of(part.url) for part in parts),
         num_spared=len(strays) - len(old),
-        num_elsewhere=num_elsewhere,
+        num_elsewhere=len(elsewhere),
         num_pending=len(named - {_name_of(part.url) for part in parts}),
         skipped=jobs[0].corpus.skipped,
     )
 
 
-def _of_input(parts: list[ObjectInfo], paths: list[str]) -> list[ObjectInfo]:
-    """Parts of shards that are, or may once have been, among what the paths name."""
+def _elsewhere(parts: list[ObjectInfo], paths: list[str]) -> set[str]:
+    """URLs of parts of shards that the paths do not name, nor did while those were there."""
     reached = reach_of(paths)
+    urls = [part.url for part in parts]
     with ThreadPoolExecutor(max_workers=16) as pool:
-        shards = list(pool.map(_shard_of, [part.url for part in parts]))
-    return [p for p, shard in zip(parts, shards, strict=True) if shard and reached(shard)]
+        shards = pool.map(_shard_of, urls)
+        return {
+            url for url, shard in zip(urls, shards, strict=True) if not (shard and reached(shard))
+        }
 
 
 def _shard_of(part_url: str) -> str | None:

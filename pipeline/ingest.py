@@ -50,6 +50,7 @@ def ingest(entry: ObjectInfo, output: str) -> list[str]:
         piece = _to_parquet(rows, texts)
         # Named by content: what a run that is refused below has left there is no other's piece.
         name = f"piece-{number:05d}-{hashlib.sha256(piece).hexdigest()[:16]}.parquet"
+        # Where the first could be written, it is no matter of the config if a later one cannot.
         with using_output() if number == 0 else nullcontext():
             storage.publish(storage.join(folder, name), piece)
         names.append(name)

@@ -27,7 +27,7 @@ log = logging.getLogger("cherry")
 
 _WORTH_COMPILING = 10**12
 """A CPU's layers are compiled from so many parameters times rows on: some ten minutes of two cores
-at 135M, which compiling for 5 to 20 s makes shorter by a twentieth or more."""
+at 135M, of which compiled layers spare a twentieth or more, and compiling costs seconds."""
 
 
 @dataclass(frozen=True)

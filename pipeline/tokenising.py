@@ -110,12 +110,16 @@ def prepare(
     return tokenise(positions + unit.start, chosen, scoring.settings), reused
 
 
-@functools.cache
-def renderer(settings: ScoringSettings, direct: bool = True) -> Renderer:
+def renderer(settings: ScoringSettings, *, direct: bool = True) -> Renderer:
     """One per worker process: loading a tokenizer takes longer than tokenising a unit.
 
     `direct` as in Renderer: whether answers are scored alone, too.
     """
+    return _renderer(settings, direct)
+
+
+@functools.cache
+def _renderer(settings: ScoringSettings, direct: bool) -> Renderer:
     tokenizer = models.load_tokenizer(settings.model)
     return Renderer(
         tokenizer, settings.template, settings.max_length, settings.pair_tokens, direct=direct
@@ -126,9 +130,7 @@ def tokenise(
     row_indices: npt.NDArray[np.int64], samples: Sequence[Sample], settings: ScoringSettings
 ) -> pa.Table:
     """Render and tokenise samples, in the TOKENS schema."""
-    # Called as elsewhere: the cache would keep another tokenizer for `direct=True`.
-    render = renderer(settings) if settings.measure == "ifd" else renderer(settings, False)
-    rendered = render(samples)
+    rendered = renderer(settings, direct=settings.measure == "ifd")(samples)
     ids = [
         None if r.status == "malformed" else sample_id(s.messages)
         for r, s in zip(rendered, samples, strict=True)

@@ -108,7 +108,7 @@ def save_examples(url: str, table: pa.Table) -> None:
 
 @ray.remote
 def _tokenise(unit: Unit, settings: ScoringSettings) -> tuple[pa.Table, int]:
-    rendering = renderer(settings, False)  # every token of an answer has a loss
+    rendering = renderer(settings, direct=False)  # every token of an answer has a loss
     num_embeddings = models.load_config(settings.model).get_text_config().vocab_size
     samples = list(read_samples(next(read_units([unit])), unit.columns))
     columns: list[list[object]] = [[], [], []]

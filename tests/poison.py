@@ -50,8 +50,8 @@ def _poison_load(models: Any) -> None:
 def _poison_renderer(tokenising: Any) -> None:
     renderer = tokenising.renderer
 
-    def poisoned(settings: Any) -> Any:
-        inner = renderer(settings)
+    def poisoned(settings: Any, **options: Any) -> Any:
+        inner = renderer(settings, **options)
 
         def render(samples: Any) -> Any:
             from pipeline.samples import sample_id

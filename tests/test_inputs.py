@@ -342,6 +342,17 @@ class _TwoNames(MemoryFileSystem):  # type: ignore[misc]
         return str(super()._strip_protocol(re.sub(r"^cherry(one|two)://", "/", path)))
 
 
+class _OfHosts(_TwoNames):
+    protocol = "cherryhost"
+
+    def __init__(self, host: str = "", **options: Any) -> None:
+        super().__init__(**options)
+
+    @staticmethod
+    def _get_kwargs_from_urls(url: str) -> dict[str, str]:
+        return {"host": url.split("/")[2]}
+
+
 def test_a_store_of_two_names_has_one(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
     for name in _TwoNames.protocol:
         fsspec.register_implementation(name, _TwoNames, clobber=True)
@@ -351,8 +362,9 @@ def test_a_store_of_two_names_has_one(tmp_path: Path, open_at: Callable[..., Cor
     one, two = (open_at(f"{name}://c/_raw") for name in _TwoNames.protocol)
     assert one == two  # and nothing of it is hidden
     assert storage.absolute("cherrytwo://c/_raw/") == storage.absolute("cherryone://c/_raw")
-    chained = "simplecache::cherrytwo://c/_raw"
-    assert storage.absolute(chained) == chained
+    fsspec.register_implementation("cherryhost", _OfHosts, clobber=True)
+    for elsewhere in ("simplecache::cherrytwo://c/_raw", "cherryhost://head/c/_raw"):
+        assert storage.absolute(elsewhere) == elsewhere  # its path alone does not say where it is
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
@@ -618,7 +630,7 @@ def test_bytes_are_those_of_the_column_whatever_dots_are_in_its_name(tmp_path: P
         group = parquet.metadata.row_group(0)
         total = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
     assert found.keys() == rows[0].keys()
-    assert found["my.messages"] > 2000 // 20  # strings that repeat are packed
+    assert found["my.messages"] > 2000
     assert 0 < found["my"] < 200
     assert sum(found.values()) == total
 
@@ -642,7 +654,7 @@ def test_a_missing_path_an_empty_directory_and_one_without_data_are_told_apart(
 def test_files_without_any_row_are_refused(
     tmp_path: Path, open_at: Callable[..., Corpus], text: bytes
 ) -> None:
-    with pytest.raises(InputError, match=r"no rows in 1 file"):
+    with pytest.raises(InputError, match=r"no rows in 1 file\."):
         open_at(write(tmp_path / "in/a.jsonl", text))
 
 
