@@ -352,6 +352,10 @@ class _OfHosts(_TwoNames):
     def _get_kwargs_from_urls(url: str) -> dict[str, str]:
         return {"host": url.split("/")[2]}
 
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(re.sub(r"^cherryhost://[^/]*", "", path)))
+
 
 def test_a_store_of_two_names_has_one(tmp_path: Path, open_at: Callable[..., Corpus]) -> None:
     for name in _TwoNames.protocol:
