@@ -148,6 +148,8 @@ class Renderer:
             results.append(None)
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         for (index, turns), encoding in zip(pending, encodings, strict=True):
+            # Of the rest nothing is asked, and a row may have millions, each some Python objects.
+            encoding.truncate(self.max_length + ENDING_TOKENS + 1)
             offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             results[index] = self._find_spans(encoding.ids, offsets, turns)
         return [result for result in results if result is not None]

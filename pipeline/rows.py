@@ -17,6 +17,8 @@ from pipeline.schemas import BAD_LINE
 from pipeline.units import Unit
 
 _ROWS_PER_BATCH = 2_000
+_BYTES_PER_BATCH = 1 << 26
+"""Or fewer rows, where they are long: a batch is held beside the rows that are wanted of it."""
 
 _ROWS_PER_READ = 100_000
 _UNITS_PER_READ = 64
@@ -118,14 +120,26 @@ def _batches(
 ) -> Iterator[tuple[int, pa.Table]]:
     """Some row groups, of which the first row's number is given, in pieces with theirs."""
     for group, begin in groups:
+        rows = _rows_per_batch(parquet.metadata.row_group(group), names)
         # A task has one core: more threads would only take turns.
         for batch in parquet.iter_batches(
-            _ROWS_PER_BATCH, row_groups=[group], columns=names, use_threads=False
+            rows, row_groups=[group], columns=names, use_threads=False
         ):
             # `a.b` also brings the field b of a column a.
             table = _without_views(pa.table(batch).select(names))
             yield begin, table
             begin += len(table)
+
+
+def _rows_per_batch(group: Any, names: list[str]) -> int:
+    """As its footer says how long rows are."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    size = sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema.partition(".")[0] in names
+    )
+    return int(np.clip(_BYTES_PER_BATCH * group.num_rows // max(1, size), 1, _ROWS_PER_BATCH))
 
 
 def _without_views(table: pa.Table) -> pa.Table:

@@ -31,8 +31,6 @@ from pipeline.settings import ScoringSettings
 from pipeline.tokenising import renderer
 from pipeline.units import Unit, make_plan
 
-_ROWS_PER_TASK = 5_000
-
 
 @dataclass(frozen=True)
 class Examples:
@@ -95,7 +93,7 @@ def tokenise_corpus(
     corpus: Corpus, settings: ScoringSettings, max_rows: int | None = None
 ) -> tuple[pa.Table, int]:
     """The same of all rows of a corpus, or of the first so many."""
-    plan = make_plan(corpus, "memory://none", "examples", _ROWS_PER_TASK, 0, max_rows)
+    plan = make_plan(corpus, "memory://none", "examples", "auto", 0, max_rows)
     return tokenise_rows(plan.units, settings)
 
 

@@ -1,5 +1,7 @@
 """Spans, checked against what the tokens decode to."""
 
+from typing import Any
+
 import pytest
 from conftest import CHATML, make_tokenizer
 
@@ -7,6 +9,7 @@ from pipeline.chat_template import ChatTemplate
 from pipeline.config import TemplateName
 from pipeline.errors import ModelError
 from pipeline.rendering import (
+    ENDING_TOKENS,
     RenderedSample,
     Renderer,
     TokenTurn,
@@ -215,6 +218,30 @@ def test_truncation_cuts_right_and_keeps_both_sides_equal() -> None:
     assert not whole.truncated
     assert spans(cut, renderer) == [("one two three", "### Response:one two three")]
     assert (cut.turns[0].num_conditioned, cut.turns[0].num_direct) == (3, 3)
+
+
+def test_a_row_of_millions_of_tokens_is_cut_before_python_sees_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    find = Renderer._find_spans
+
+    def note(self: Renderer, ids: list[int], *given: Any) -> RenderedSample:
+        seen.append(len(ids))
+        return find(self, ids, *given)
+
+    monkeypatch.setattr(Renderer, "_find_spans", note)
+    long = alpaca("Add.", "one two three " * 1000)
+    whole, _ = render(long, max_length=10_000)
+    cut, _ = render(long, max_length=200)
+    assert seen[0] > 3000
+    assert seen[1] < 210
+    assert cut.truncated
+    assert cut.input_ids == whole.input_ids[:200]
+    assert cut.next_ids == tuple(whole.input_ids[200 : 200 + len(cut.next_ids)])
+    assert len(cut.next_ids) == ENDING_TOKENS
+    unread = alpaca("Add. " * 1000, "one")
+    assert render(unread, max_length=200)[0].status == "prompt_overlong"
 
 
 def test_truncated_conversation_keeps_the_turns_that_fit() -> None:

@@ -83,6 +83,33 @@ def test_a_row_group_is_read_once_for_all_units_of_a_read(
     assert seen == [5] * 10
 
 
+def test_long_rows_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table(
+        {"n": range(40), "long": [f"{n:010000}" for n in range(40)], "more": range(40)}
+    )
+    pq.write_table(table, tmp_path / "shard.parquet", row_group_size=20, use_dictionary=False)
+    file = listing.list_objects(str(tmp_path / "shard.parquet"))[0]
+    monkeypatch.setattr(rows_module, "_BYTES_PER_BATCH", 50_000)
+    most = []
+    batches = pq.ParquetFile.iter_batches
+
+    def note(self: Any, size: int, **options: Any) -> Iterator[Any]:
+        most.append(size)
+        return batches(self, size, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", note)
+    for columns in ({"n"}, {"n", "long"}):
+        assert take_rows(file, np.array([1, 19, 20, 39]), columns)["n"].to_pylist() == [
+            1,
+            19,
+            20,
+            39,
+        ]
+    assert most == [2000, 2000, 4, 4]
+
+
 def test_neighbours_in_a_shard_are_read_together(tmp_path: Path) -> None:
     one, other = (write_shard(tmp_path / f"{name}.parquet") for name in ("a", "b"))
     units = [unit_of(file, n, n + 5) for file in (one, other) for n in range(0, NUM_ROWS, 5)]

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import CHATML, make_tokenizer, write_parquet
 
-from pipeline import ingest
+from pipeline import ingest, training_data
 from pipeline.errors import InputError
 from pipeline.job import check, plan
 from pipeline.rendering import Renderer
@@ -18,6 +18,7 @@ from pipeline.samples import Message, Sample, read_samples
 from pipeline.schemas import EXAMPLES
 from pipeline.tokenising import tokenise
 from pipeline.training_data import Examples, _example, refuse_empty, tokenise_corpus
+from pipeline.units import Unit
 
 USER = Message("user", "one two")
 ANSWER = Message("assistant", "three four")
@@ -112,6 +113,19 @@ def test_answers_of_one_token_are_trained_on_and_their_prompts_embedded(
     assert [sum(row) for row in examples["is_target"].to_pylist()][:2] == [2, 2]  # and the end
     embedded = tokenise(indices, samples, replace(job.settings, measure="prompt"))
     assert embedded["status"].to_pylist() == ["ok"] * 3
+
+
+def test_long_rows_are_tokenised_a_few_at_a_time(
+    config_for: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are for scoring: what could be scored shall not exhaust the memory here."""
+    rows = [{"instruction": f"{n}", "input": "", "output": f"word{n} " * 3_000} for n in range(200)]
+    corpus = check(config_for(write_parquet(tmp_path / "a.parquet", rows)), selecting=False).corpus
+    units: list[Unit] = []
+    monkeypatch.setattr(training_data, "tokenise_rows", lambda some, _: units.extend(some))
+    tokenise_corpus(corpus, cast(Any, None))
+    assert sum(unit.num_rows for unit in units) == 200
+    assert max(unit.num_rows for unit in units) <= 100
 
 
 def test_nothing_to_train_on_is_refused() -> None:
