@@ -7,7 +7,6 @@ bin: 256 bins for ratios from 0.5 to 1, so that the bin of a cut holds about a p
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,8 +31,9 @@ _SIGN = np.uint64(1 << 63)
 END_OF_KEYS = np.uint64((1 << 64) - 1)
 """Above the key of any ratio: the last ones would be NaN."""
 
-_READERS = 8
 _ROWS_PER_TASK = 500_000
+_UNITS_PER_TASK = 64
+"""However few rows they have: of a store, each part and shard is a request or a few."""
 _MOST_TASKS = 256
 
 
@@ -90,12 +90,14 @@ class Task:
 
 
 def tasks(plan: Plan) -> Iterator[Task]:
-    """Cut a plan into tasks of about 500,000 rows; larger ones where there would be over 256."""
+    """Cut a plan into tasks of about 500,000 rows or 64 units; larger ones where it is large."""
     rows_per_task = max(_ROWS_PER_TASK, plan.num_rows // _MOST_TASKS)
+    units_per_task = max(_UNITS_PER_TASK, len(plan.units) // _MOST_TASKS)
     first = num_rows = 0
     for index, unit in enumerate(plan.units, start=1):
         num_rows += unit.num_rows
-        if num_rows >= rows_per_task or index == len(plan.units):
+        full = num_rows >= rows_per_task or index - first >= units_per_task
+        if full or index == len(plan.units):
             yield Task(first, plan.units[first:index], plan.scores_url)
             first, num_rows = index, 0
 
@@ -159,19 +161,14 @@ def read_scores(
 
 
 def read_columns(task: Task, columns: Sequence[str]) -> pa.Table:
-    """Columns of the task's parts, in order; several are read at a time, which is mostly waiting.
+    """Columns of the task's parts, in order.
 
     Raises:
         InputError: A part is missing or cannot be read.
     """
     urls = [unit.part_url(task.scores_url) for unit in task.units]
-    read = partial(_read_part, columns=columns)
-    if storage.is_local(task.scores_url):
-        parts = [read(url) for url in urls]
-    else:
-        with ThreadPoolExecutor(max_workers=_READERS) as pool:
-            parts = list(pool.map(read, urls))
-    return pa.concat_tables(parts).unify_dictionaries()
+    each = map if storage.is_local(task.scores_url) else storage.several
+    return pa.concat_tables(each(partial(_read_part, columns), urls)).unify_dictionaries()
 
 
 def read_groups(task: Task, column: str) -> pa.Array:
@@ -180,24 +177,10 @@ def read_groups(task: Task, column: str) -> pa.Array:
     Raises:
         InputError: A shard cannot be read, or its text is not UTF-8.
     """
-    found = []
-    for _, group in itertools.groupby(task.units, key=lambda unit: unit.read_url):
-        units = list(group)
-        rows = np.concatenate([np.arange(unit.start, unit.stop) for unit in units])
-        table = take_rows(units[0].file, rows, {column})
-        if column not in table.schema.names:
-            found.append(pa.nulls(len(rows), pa.string()))
-            continue
-        text = table[column].cast(pa.string()).combine_chunks()
-        try:
-            text.validate(full=True)  # Parquet does not look at the bytes
-        except pa.ArrowInvalid as err:
-            raise InputError(
-                f"shard {units[0].shard_url}: column '{column}', whose values are the groups of "
-                f"select.group_by: {err}. Convert it to UTF-8, or name another column."
-            ) from None
-        found.append(text)
-    return pa.chunked_array(found, pa.string()).combine_chunks()
+    shards = [list(some) for _, some in itertools.groupby(task.units, lambda unit: unit.read_url)]
+    each = map if storage.is_local(task.units[0].read_url) else storage.several
+    found = each(partial(_read_groups, column), shards)
+    return pa.chunked_array(list(found), pa.string()).combine_chunks()
 
 
 def encode(groups: pa.Array, codes: dict[str | None, int]) -> Positions:
@@ -222,6 +205,23 @@ def _rules(
         yield "under_min_ifd", ratios < settings.min_ifd
 
 
-def _read_part(url: str, columns: Sequence[str]) -> pa.Table:
+def _read_groups(column: str, units: list[Unit]) -> pa.Array:
+    """Of units of one shard."""
+    rows = np.concatenate([np.arange(unit.start, unit.stop) for unit in units])
+    table = take_rows(units[0].file, rows, {column})
+    if column not in table.schema.names:
+        return pa.nulls(len(rows), pa.string())
+    text = table[column].cast(pa.string()).combine_chunks()
+    try:
+        text.validate(full=True)  # Parquet does not look at the bytes
+    except pa.ArrowInvalid as err:
+        raise InputError(
+            f"shard {units[0].shard_url}: column '{column}', whose values are the groups of "
+            f"select.group_by: {err}. Convert it to UTF-8, or name another column."
+        ) from None
+    return text
+
+
+def _read_part(columns: Sequence[str], url: str) -> pa.Table:
     with storage.open_parquet(url) as parquet:
         return parquet.read(columns=list(columns), use_threads=False)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -28,6 +28,9 @@ from pipeline.atomic import Write, link_file, replace_file
 from pipeline.errors import InputError
 from pipeline.s3 import WholeS3FileSystem, says_exists
 from pipeline.storage_faults import changing, no_parquet, reading
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 _LARGE_ROW_GROUP = 1 << 28
 """Bytes, uncompressed. A larger row group is not read at once: it would be in memory whole, once
@@ -79,16 +82,21 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_many(urls: Iterable[str]) -> Iterator[bytes]:
-    """Whole objects, in order, several under way at a time: small ones are mostly waiting.
+    """Whole objects, in order, several under way at a time."""
+    return several(read_bytes, urls)
+
+
+def several(read: Callable[[A], B], of: Iterable[A]) -> Iterator[B]:
+    """What `read` gives of each, in order, several under way at a time: reads mostly wait.
 
     No more than these are held: a part of embeddings may have a gigabyte.
     """
-    under_way: deque[Future[bytes]] = deque()
+    under_way: deque[Future[B]] = deque()
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        for url in urls:
+        for each in of:
             if len(under_way) == _READERS:
                 yield under_way.popleft().result()
-            under_way.append(pool.submit(read_bytes, url))
+            under_way.append(pool.submit(read, each))
         while under_way:
             yield under_way.popleft().result()
 

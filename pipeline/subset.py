@@ -2,8 +2,8 @@
 
 ::
 
-    extract   a task per 64 MiB of selected rows reads the row groups of its units that hold one,
-              and keeps those rows
+    extract   a task per 64 MiB of selected rows, or 64 units, reads the row groups of its units
+              that hold one, and keeps those rows
     write     a task per part, or few parts, takes its ranks from all extracts, sorts, publishes
 
 Every object is one request, and the manifest comes last: a selection without one is not done.
@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ WRITER_VERSION = 3
 
 _ROWS_PER_GROUP = 10_000
 _BYTES_PER_EXTRACT = 64 << 20
+_UNITS_PER_EXTRACT = 64
 _MOST_BYTES_PER_PART = 1 << 30
 _MOST_TASKS = 256
 """Extracts, and writers: each extract hands a table to each writer."""
@@ -139,12 +141,22 @@ def _rows_per_part(
 def _deal_units(
     plan: Plan, counts: npt.NDArray[np.int64], row_bytes: dict[str, float]
 ) -> list[slice]:
-    """Neighbouring units that are extracted together: about 64 MiB of selected rows each."""
+    """Neighbouring units that are extracted together: about 64 MiB of selected rows, or 64 units.
+
+    No more units either: of a store, each part and shard is a request or a few.
+    """
     sizes = counts * np.array([row_bytes[unit.shard_url] for unit in plan.units])
-    most = max(_BYTES_PER_EXTRACT, sizes.sum() / _MOST_TASKS)
+    by_bytes = _dealt(sizes, _BYTES_PER_EXTRACT)
+    by_units = _dealt(counts > 0, _UNITS_PER_EXTRACT)
+    edges = np.union1d(by_bytes, by_units).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _dealt(sizes: npt.NDArray[Any], wanted: int) -> npt.NDArray[np.int64]:
+    """Where neighbours of `wanted` in all begin and end; at most half of `_MOST_TASKS` of them."""
+    most = max(wanted, sizes.sum() / (_MOST_TASKS / 2))
     number = ((np.cumsum(sizes) - sizes) // most).astype(np.int64)
-    edges = np.flatnonzero(np.diff(number, prepend=-1, append=number[-1] + 1))
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges.tolist())]
+    return np.flatnonzero(np.diff(number, prepend=-1, append=number[-1] + 1))
 
 
 def _as_list(refs: Any) -> list[Any]:
@@ -190,9 +202,12 @@ def _extract(job: _Extract, rows_per_writer: int, num_writers: int, *pieces: Cho
     selected = [
         (job.units[some["unit"][0] - job.first_unit], some) for some in by_unit if len(some)
     ]
-    for _, shard in itertools.groupby(selected, key=lambda each: each[0].read_url):
-        units, ranges = map(list, zip(*shard, strict=True))
-        table = _rows_of_shard(job, units, ranges)
+    shards = [
+        tuple(map(list, zip(*some, strict=True)))
+        for _, some in itertools.groupby(selected, key=lambda each: each[0].read_url)
+    ]
+    each = map if storage.is_local(job.units[0].read_url) else storage.several
+    for table in each(partial(_rows_of_shard, job), shards):
         writer_of_row = table["rank"].to_numpy() // rows_per_writer
         for writer in np.unique(writer_of_row).tolist():
             tables[writer].append(table.take(pa.array(np.flatnonzero(writer_of_row == writer))))
@@ -200,8 +215,9 @@ def _extract(job: _Extract, rows_per_writer: int, num_writers: int, *pieces: Cho
     return found[0] if num_writers == 1 else tuple(found)
 
 
-def _rows_of_shard(job: _Extract, units: list[Unit], rows: list[Chosen]) -> pa.Table:
+def _rows_of_shard(job: _Extract, selected: tuple[list[Unit], list[Chosen]]) -> pa.Table:
     """Selected rows of units of one shard: as columns, or for JSON as rank and line."""
+    units, rows = selected
     shard, numbers = units[0], np.concatenate(rows)["row"]
     added = _added(job, units, rows)
     layout = set(shard.columns.names.values())

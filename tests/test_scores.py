@@ -123,7 +123,11 @@ def test_rows_of_a_task_are_located() -> None:
     assert [array.tolist() for array in where] == [[7, 7, 8, 8, 8, 9], [10, 11, 12, 13, 14, 0]]
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [([10], [1]), ([300_000] * 3, [2, 1])])
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([10], [1]), ([300_000] * 3, [2, 1]), ([1] * 150, [64, 64, 22]), ([1] * 32_768, [128] * 256)],
+    ids=["one", "large", "small", "many small"],
+)
 def test_tasks_are_neighbouring_units(sizes: list[int], expected: list[int]) -> None:
     class Sized:
         def __init__(self, rows: int) -> None:
