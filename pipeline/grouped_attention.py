@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.devices import products_by_mkl
+from pipeline.devices import products_by_mkl, to_device
 from pipeline.packing import Pack
 
 _SHORT = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}
@@ -64,6 +65,7 @@ class _Group:
     _bands: dict[tuple[int, int, torch.device], Tensor] = field(
         default_factory=dict, compare=False, repr=False
     )
+    _padded: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def longest(self) -> int:
@@ -100,15 +102,18 @@ class _Group:
             self._bands[asked] = band
         return self._bands[asked]
 
-    @functools.cached_property
-    def padded_T(self) -> Tensor | None:
-        """Position of each token in the batch padded to the longest, or None if none is padded."""
+    def padded_T(self, device: torch.device) -> Tensor | None:
+        """Position of each token in the batch padded to the longest, or None if none is padded.
+
+        Made once a pack: a GPU that has to ask for it would be waited for, twice in each layer.
+        """
         if min(self.lengths) == self.longest:
             return None
-        with torch.inference_mode(False):  # it is kept, and training may use it next
-            return torch.cat(
-                [torch.arange(n) + row * self.longest for row, n in enumerate(self.lengths)]
-            )
+        if device not in self._padded:
+            rows = [np.arange(n) + row * self.longest for row, n in enumerate(self.lengths)]
+            with torch.inference_mode(False):  # it is kept, and training may use it next
+                self._padded[device] = to_device(np.concatenate(rows), device)
+        return self._padded[device]
 
 
 # H=heads, K=key/value heads, T=tokens of the pack, D=head dimension
@@ -234,15 +239,17 @@ def _written_out(
     output = torch.bmm(weights.reshape(batch * num_shared, -1, keys), value)
     output_BHLD = output.view(batch, num_heads, longest, -1)
     output_THD = output_BHLD.transpose(1, 2).flatten(0, 1)
-    return output_THD if group.padded_T is None else output_THD[group.padded_T]
+    padded_T = group.padded_T(output_THD.device)
+    return output_THD if padded_T is None else output_THD[padded_T]
 
 
 def _padded(x_HTD: Tensor, group: _Group) -> Tensor:
     """(heads, tokens of the pack, D) -> (B, L, heads, D), zeros behind what is shorter."""
     x_THD = x_HTD[:, group.begin : group.end].transpose(0, 1)
-    if group.padded_T is not None:
+    padded_T = group.padded_T(x_THD.device)
+    if padded_T is not None:
         padded = x_THD.new_zeros(len(group.lengths) * group.longest, *x_THD.shape[1:])
-        padded[group.padded_T] = x_THD
+        padded[padded_T] = x_THD
         x_THD = padded
     return x_THD.view(len(group.lengths), group.longest, *x_THD.shape[1:])
 
