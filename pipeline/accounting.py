@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import ray
 
 from pipeline import listing, memories, storage
-from pipeline.errors import AccountingError
+from pipeline.errors import AccountingError, StorageError
 from pipeline.schemas import FAILED_STATUSES, LEDGER, STATUSES
-from pipeline.units import Plan
+from pipeline.texts import count
+from pipeline.units import Plan, Unit
 
 _PARTS_PER_TASK = 64
 _FAILURES_SHOWN = 5
@@ -60,10 +61,20 @@ class Audit:
         """Units that hold rows with status `error`."""
         return {i for i, entry in self.entries.items() if entry.rows_by_status.get("error")}
 
-    def changed(self, plan: Plan) -> list[str]:
-        """Units whose part is not the object any more that was read."""
+    def refuse_changed(self, plan: Plan) -> None:
+        """Look whether the parts are still the objects that were audited.
+
+        Raises:
+            StorageError: One is another, or gone.
+        """
         names = listing.list_names(plan.scores_url)
-        return [i for i, e in self.entries.items() if names.get(f"{i}.parquet") != e.version]
+        changed = [i for i, e in self.entries.items() if names.get(f"{i}.parquet") != e.version]
+        if changed:
+            raise StorageError(
+                f"{plan.scores_url}: {count(len(changed), 'part')} changed after they were read, "
+                f"the first is {changed[0]}.parquet. Another run rescores or deletes them: let it "
+                "end, and run this command again."
+            )
 
 
 def audit(plan: Plan) -> Audit:
@@ -75,18 +86,18 @@ def audit(plan: Plan) -> Audit:
     names = listing.list_names(plan.scores_url)
     known = _read_ledger(plan)
     entries: dict[str, Entry] = {}
-    fresh: list[tuple[str, str, str, int, int]] = []
+    fresh: list[tuple[Unit, str]] = []
     for unit in plan.units:
         version = names.get(f"{unit.unit_id}.parquet")
         if version is None:
             raise AccountingError(f"part {plan.part_url(unit)}: it is missing. Run again.")
         entry = known.get(unit.unit_id)
         if entry is None or entry.version != version:
-            fresh.append((unit.unit_id, version, plan.part_url(unit), unit.start, unit.stop))
+            fresh.append((unit, version))
         else:
             entries[unit.unit_id] = entry
     jobs = [
-        _read_parts.remote(fresh[i : i + _PARTS_PER_TASK])
+        _read_parts.remote(fresh[i : i + _PARTS_PER_TASK], plan.scores_url)
         for i in range(0, len(fresh), _PARTS_PER_TASK)
     ]
     for found in ray.get(jobs):
@@ -130,15 +141,20 @@ def _check_shards(plan: Plan, audited: Audit) -> None:
 
 
 @ray.remote
-def _read_parts(parts: list[tuple[str, str, str, int, int]]) -> dict[str, Entry]:
-    contents = storage.read_many(url for _, _, url, _, _ in parts)
+def _read_parts(parts: list[tuple[Unit, str]], scores_url: str) -> dict[str, Entry]:
+    """Each unit comes with the version of its part."""
+    contents = storage.read_many(unit.part_url(scores_url) for unit, _ in parts)
     return {
-        unit_id: _check_part(data, unit_id, version, url, start, stop)
-        for data, (unit_id, version, url, start, stop) in zip(contents, parts, strict=True)
+        unit.unit_id: Entry(
+            version, hashlib.sha256(data).hexdigest(), _count(data, unit, scores_url)
+        )
+        for data, (unit, version) in zip(contents, parts, strict=True)
     }
 
 
-def _check_part(data: bytes, unit_id: str, version: str, url: str, start: int, stop: int) -> Entry:
+def _count(data: bytes, unit: Unit, scores_url: str) -> dict[str, int]:
+    """Rows by status of a part that is exactly its unit's."""
+    url = unit.part_url(scores_url)
     try:
         # All of it: every page has a checksum, which nobody else looks at.
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
@@ -147,18 +163,19 @@ def _check_part(data: bytes, unit_id: str, version: str, url: str, start: int, s
         raise AccountingError(
             f"part {url}: not readable as Parquet: {err}. Delete the part and run again."
         ) from None
-    if its and its.get("unit_id") != unit_id:
+    if its and its.get("unit_id") != unit.unit_id:
         raise AccountingError(
             f"part {url}: got the part of unit {its.get('unit_id')}, of shard "
-            f"{its.get('shard_url')}, expected that of unit {unit_id}. Delete it and run again."
+            f"{its.get('shard_url')}, expected that of unit {unit.unit_id}. Delete it, and run "
+            "again."
         )
-    if not np.array_equal(table["row_index"].to_numpy(), np.arange(start, stop)):
+    if not np.array_equal(table["row_index"].to_numpy(), np.arange(unit.start, unit.stop)):
         raise AccountingError(
-            f"part {url}: got {len(table)} rows, expected rows {start} to {stop - 1} of its "
-            "shard, each once. Delete the part and run again."
+            f"part {url}: got {len(table)} rows, expected rows {unit.start} to {unit.stop - 1} of "
+            "its shard, each once. Delete the part and run again."
         )
     counts = {v["values"]: v["counts"] for v in pc.value_counts(table["status"]).to_pylist()}
-    return Entry(version, hashlib.sha256(data).hexdigest(), dict(sorted(counts.items())))
+    return dict(sorted(counts.items()))
 
 
 def _ledger_url(plan: Plan) -> str:

@@ -5,41 +5,43 @@ the input or the model is wrong, 3 finished above the error tolerance or with sh
 interrupted, 143 terminated, 1 all else.
 """
 
+import importlib.util
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
-from typing import Annotated, Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import (
-    __version__,
-    comparison_report,
-    config,
-    errors,
-    estimate_report,
-    following,
-    report,
-    submitting,
-    texts,
-)
-from pipeline import run as flow
-from pipeline.comparison import Comparison
-from pipeline.manifests import Finished
-from pipeline.phases import Embedded
-from pipeline.progress import RunProgress
-from pipeline.run import Result
-from pipeline.submitting import Submitted
-from pipeline.summary import Summary, failed_fraction
-from pipeline.terminal import print_json, say, speaking
-from pipeline.watching import Progress
+from pipeline import __version__, config, errors, texts
+from pipeline.terminal import Terminal, print_json, say, speaking
 
-T = TypeVar("T")
+
+def _lazily(name: str) -> ModuleType:
+    """A module that is imported when something of it is first asked for."""
+    full = f"pipeline.{name}"
+    if full in sys.modules:
+        return sys.modules[full]
+    spec = importlib.util.find_spec(full)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if TYPE_CHECKING:
+    from pipeline import commands, following, submitting
+    from pipeline.commands import Outcome
+    from pipeline.submitting import Submitted
+else:  # torch, transformers and Ray take seconds, for which --help and a mistake need not wait
+    commands, following, submitting = map(_lazily, ("commands", "following", "submitting"))
 
 app = typer.Typer(
     name="cherry",
@@ -66,6 +68,8 @@ _RetryErrors = Annotated[
     ),
 ]
 
+_JobCommand = Literal["run", "score", "select", "experience", "train", "compare"]
+
 
 @app.command()
 def run(
@@ -75,7 +79,12 @@ def run(
     retry_errors: _RetryErrors = False,
 ) -> None:
     """Score what is new and select; or do the whole method."""
-    _show_run(partial(flow.run, retry_errors=retry_errors), path, overrides, as_json)
+    _do(
+        lambda settings, to: commands.run(settings, to, retry_errors=retry_errors),
+        path,
+        overrides,
+        as_json,
+    )
 
 
 @app.command()
@@ -86,13 +95,18 @@ def score(
     retry_errors: _RetryErrors = False,
 ) -> None:
     """Score what is new; select nothing."""
-    _show_run(partial(flow.score, retry_errors=retry_errors), path, overrides, as_json)
+    _do(
+        lambda settings, to: commands.score(settings, to, retry_errors=retry_errors),
+        path,
+        overrides,
+        as_json,
+    )
 
 
 @app.command()
 def select(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Select from finished scores: no model, no GPU."""
-    _show_run(lambda settings, _: flow.select(settings), path, overrides, as_json)
+    _do(lambda settings, to: commands.select(settings, to), path, overrides, as_json)
 
 
 @app.command()
@@ -103,25 +117,22 @@ def experience(
     retry_errors: _RetryErrors = False,
 ) -> None:
     """Embed every prompt, and choose the rows of brief experience."""
-    command = partial(flow.experience, retry_errors=retry_errors)
-    settings, (_, embedded) = _watch(
-        command, report.show_experience, _experience_json, path, overrides, as_json
-    )
-    counts = embedded.audited.rows_by_status
-    _check_tolerance(settings, counts, embedded.skipped, embedded.plan.scores_url)
+    _do(
+        lambda settings, to: commands.experience(settings, to, retry_errors=retry_errors),
+        path, overrides, as_json,
+    )  # fmt: skip
 
 
 @app.command()
 def train(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train the base model on the cherry subset."""
-    _show_of_subset(flow.train, report.show_trained, _finished_json, path, overrides, as_json)
+    _do(lambda settings, to: commands.train(settings, to), path, overrides, as_json)
 
 
 @app.command()
 def compare(path: _ConfigPath, overrides: _Overrides = None, as_json: _AsJson = False) -> None:
     """Train on the cherry subset and on controls, and judge them."""
-    show = comparison_report.show
-    _show_of_subset(flow.compare, show, _comparison_json, path, overrides, as_json)
+    _do(lambda settings, to: commands.compare(settings, to), path, overrides, as_json)
 
 
 @app.command()
@@ -135,10 +146,12 @@ def plan(
     ] = 0,
 ) -> None:
     """Estimate what a run would score and cost; tokenises a sample."""
-    _watch(
-        lambda settings, _: flow.estimate(settings, score_rows),
-        estimate_report.show_estimate, asdict, path, overrides, as_json,
-    )  # fmt: skip
+    _do(
+        lambda settings, to: commands.plan(settings, to, score_rows=score_rows),
+        path,
+        overrides,
+        as_json,
+    )
 
 
 @app.command()
@@ -156,10 +169,10 @@ def gc(
     ] = False,
 ) -> None:
     """List parts that no input names any more, or delete them."""
-    _watch(
-        lambda settings, _: flow.gc(settings, everything, delete, force),
-        lambda found, console: report.show_garbage(found, delete, console),
-        lambda found: found.summary(deleted=delete),
+    _do(
+        lambda settings, to: commands.gc(
+            settings, to, everything=everything, delete=delete, force=force
+        ),
         path, overrides, as_json,
     )  # fmt: skip
 
@@ -175,7 +188,7 @@ def submit(
         typer.Option(help="http://HOST:8265 of the cluster; or RAY_API_SERVER_ADDRESS."),
     ] = None,
     command: Annotated[
-        submitting.Command, typer.Option(help="What the job does.", case_sensitive=False)
+        _JobCommand, typer.Option(help="What the job does.", case_sensitive=False)
     ] = "run",
     wait: Annotated[bool, typer.Option("--wait", help="Show its log, and end as it ends.")] = False,
     variables: Annotated[
@@ -219,7 +232,7 @@ def _echo(console: Console, line: str) -> None:
     console.print(Text(texts.visible(line.expandtabs())), soft_wrap=True)
 
 
-def _stop_or_detach(job: Submitted, err: Console) -> int:
+def _stop_or_detach(job: "Submitted", err: Console) -> int:
     """Ask what becomes of the job; where nobody can be asked, it goes on."""
     answer = ""
     if sys.stdin.isatty():
@@ -253,85 +266,16 @@ def _options(
     pass
 
 
-def _show_run(
-    command: Callable[[config.Config, Progress], Result],
+def _do(
+    command: Callable[[config.Config, Terminal], "Outcome"],
     path: str,
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
-    settings, result = _watch(command, report.show, _summary_json, path, overrides, as_json)
-    _check_summary(settings, result.summary)
-
-
-def _show_of_subset(
-    command: Callable[[config.Config, Progress], tuple[T, Summary]],
-    show: Callable[[T, Console], None],
-    to_json: Callable[[T], dict[str, Any]],
-    path: str,
-    overrides: list[str] | None,
-    as_json: bool,
-) -> None:
-    """What was made of a subset, and whether the subset lacks shards or rows that failed."""
-    settings, (_, summary) = _watch(
-        command,
-        lambda found, console: show(found[0], console),
-        lambda found: to_json(found[0]) | {"skipped_shards": found[1].skipped_shards},
-        path, overrides, as_json,
-    )  # fmt: skip
-    _check_summary(settings, summary)
-
-
-def _check_summary(settings: config.Config, summary: Summary) -> None:
-    _check_tolerance(settings, summary.rows_by_status, summary.skipped_shards, summary.scores_path)
-
-
-def _check_tolerance(
-    settings: config.Config, counts: Mapping[str, int], skipped: list[str], where: str
-) -> None:
-    """Exit 3 if more rows failed than may, or shards were skipped."""
-    failed, allowed = failed_fraction(counts), settings.score.max_error_fraction
-    if failed > allowed:
-        say(
-            Console(stderr=True, highlight=False),
-            f"{100 * failed:.2f} % of the rows failed or are malformed, more than "
-            f"score.max_error_fraction ({100 * allowed:g} %). What was done is kept; the reason of "
-            f"each is in {where}.",
-        )
-    if failed > allowed or skipped:
-        raise typer.Exit(errors.EXIT_TOLERANCE)
-
-
-def _watch(
-    command: Callable[[config.Config, Progress], T],
-    show: Callable[[T, Console], None],
-    to_json: Callable[[T], dict[str, Any]],
-    path: str,
-    overrides: list[str] | None,
-    as_json: bool,
-) -> tuple[config.Config, T]:
-    """Run a command under the eyes of a person, and print what came out."""
-    with speaking(as_json) as (out, results, err):
-        settings = config.load(path, overrides)
-        with RunProgress(err) as progress:
-            found = command(settings, progress)
-        show(found, results)
+    """Run a command, print what came out, and exit as it ended."""
+    with speaking(as_json) as terminal:
+        outcome = command(config.load(path, overrides), terminal)
         if as_json:
-            print_json(to_json(found), out)
-    return settings, found
-
-
-def _summary_json(result: Result) -> dict[str, Any]:
-    return asdict(result.summary)
-
-
-def _experience_json(found: tuple[Finished, Embedded]) -> dict[str, Any]:
-    subset, embedded = found
-    return _finished_json(subset) | {"skipped_shards": embedded.skipped}
-
-
-def _finished_json(finished: Finished) -> dict[str, Any]:
-    return finished.manifest | {"path": finished.url, "manifest": finished.manifest_url}
-
-
-def _comparison_json(comparison: Comparison) -> dict[str, Any]:
-    return comparison.report | {"path": comparison.url}
+            print_json(outcome.values, terminal.out)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)

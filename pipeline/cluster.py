@@ -17,6 +17,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from pipeline.config import ClusterConfig
 from pipeline.config_training import TrainConfig
 from pipeline.errors import ConfigError
+from pipeline.texts import count
 
 log = logging.getLogger("cherry")
 
@@ -51,7 +52,7 @@ class Workers:
 
     def describe(self) -> str:
         """`2 resident models, 1 GPU each`, for the terminal."""
-        models = f"{self.actors} resident model{'s'[: self.actors > 1]}"
+        models = count(self.actors, "resident model")
         if self.num_gpus:
             return f"{models}, {self.num_gpus:g} GPU each"
         return f"{models} on CPU, {self.threads} threads each"
@@ -73,6 +74,7 @@ def connected() -> Iterator[None]:
 
     A cluster that was there before stays; a local one ends with the run.
     """
+    _quiet()
     started = not ray.is_initialized()
     if started:
         # A local node keeps one worker a core and ends idle ones after a second; on two cores those
@@ -91,6 +93,14 @@ def connected() -> Iterator[None]:
         if started:
             _end_passes()
             ray.shutdown()
+
+
+def _quiet() -> None:
+    """Ray's loggers get levels of their own when it is imported, and some speak for themselves."""
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
 
 
 def _end_passes() -> None:
@@ -246,7 +256,7 @@ class Trainers:
 
     def describe(self) -> str:
         """`4 workers, a GPU each`, for the terminal."""
-        workers = f"{self.workers} worker{'s'[: self.workers > 1]}"
+        workers = count(self.workers, "worker")
         return f"{workers}, a GPU each" if self.use_gpu else f"{workers} on CPU"
 
 
@@ -264,8 +274,8 @@ def plan_trainers(config: ClusterConfig, train: TrainConfig) -> Trainers:
     per_node = -(-workers // max(1, len(nodes)))
     if workers < 1 or (use_gpu and workers > most) or (not use_gpu and per_node > cores):
         raise ConfigError(
-            f"train.workers {train.workers}: the cluster has {len(nodes)} nodes with CPUs and "
-            f"{int(_gpus(config))} GPUs. Add nodes, or ask for fewer."
+            f"train.workers {train.workers}: the cluster has {count(len(nodes), 'node')} with CPUs "
+            f"and {count(int(_gpus(config)), 'GPU')}. Add nodes, or ask for fewer."
         )
     if workers % train.gpus_per_replica:
         raise ConfigError(

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
 from pipeline import storage
@@ -127,6 +126,8 @@ def _take(wanted: list[tuple[Unit, npt.NDArray[np.int64]]], url: str) -> Floats:
 
 @ray.remote
 def _fit(config: ExperienceConfig, exact: bool, *pieces: Floats) -> Floats:
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # not before: most commands fit nothing
+
     kind = KMeans if exact else MiniBatchKMeans
     model = kind(config.clusters, random_state=config.seed, n_init="auto")
     # Threads add their sums in the order in which they end: centers would change from run to run.

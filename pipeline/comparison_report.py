@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
+from scipy.special import stdtrit
 
 from pipeline.comparison import Comparison
 from pipeline.texts import count, visible
@@ -73,5 +73,5 @@ def _verdict(cherry: Any, control: Any, num_controls: int) -> str:
         return said
     freedom = errors.sum() ** 2 / (errors**2 / (len(cherry) - 1)).sum()
     level = 0.05 / num_controls
-    chance = float(stats.t.ppf(1 - level / 2, freedom) * np.sqrt(errors.sum()))
+    chance = float(stdtrit(freedom, 1 - level / 2) * np.sqrt(errors.sum()))
     return said if abs(difference) > chance else f"{said}, which chance explains ({chance:.4f})"

@@ -4,8 +4,6 @@ import io
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from pipeline.texts import plain
 
@@ -26,6 +24,9 @@ def draw_curves(report: dict[str, Any], form: str) -> bytes:
         report: Of a comparison.
         form: `png` or `svg`.
     """
+    from matplotlib import rc_context  # not before: most commands draw nothing
+    from matplotlib.figure import Figure
+
     names = list(report["before"])
     width, height = _INCHES_PER_PANEL
     figure = Figure(figsize=(width * len(names), height), layout="constrained")

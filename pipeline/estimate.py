@@ -236,7 +236,7 @@ def _with_scores(
     if not len(some):
         return found
     options = {"num_cpus": scoring.workers.num_cpus, "num_gpus": scoring.workers.num_gpus}
-    make: Any = _Probe
+    make: Any = _TimedScorer
     actor = make.options(**options).remote(scoring)
     ratios, num_tokens, seconds = ray.get(actor.score.remote(some, job.config.preset.ratio))
     ray.kill(actor)
@@ -254,7 +254,7 @@ def _with_scores(
 
 
 @ray.remote
-class _Probe:
+class _TimedScorer:
     """A scoring process, timed."""
 
     def __init__(self, scoring: Scoring) -> None:

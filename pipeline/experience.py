@@ -23,7 +23,7 @@ from pipeline import clustering, manifests, storage
 from pipeline.accounting import Audit
 from pipeline.columns import merged_schema
 from pipeline.config_training import ExperienceConfig
-from pipeline.errors import InputError, StorageError
+from pipeline.errors import InputError
 from pipeline.inputs import Corpus
 from pipeline.manifests import Finished
 from pipeline.rows import take_rows
@@ -100,11 +100,7 @@ def select_experience(
         ],
         "parts": [part],
     }
-    if changed := audited.changed(plan):
-        raise StorageError(
-            f"{plan.scores_url}: {len(changed)} parts changed while they were read, the first is "
-            f"{changed[0]}.parquet. Run again when no other run works on this output."
-        )
+    audited.refuse_changed(plan)
     return manifests.finish(url, manifest)
 
 

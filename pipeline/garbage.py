@@ -71,12 +71,13 @@ class Garbage:
 _PART_NAME = re.compile(r"[0-9a-f]{16}/[0-9a-f]{32}\.parquet")
 
 
-def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
+def find(jobs: Sequence[Job], whole: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     """List what could go, by what the current input does not name.
 
     Args:
         jobs: The current input under its settings: its scores, and the embeddings of its prompts
             where it has brief experience.
+        whole: The same without `input.max_rows`, whose rows beyond it keep their parts.
         all_scores: Also of other inputs, and under every other fingerprint of the output: all of
             those parts. Scores are left out where no job names any.
     """
@@ -90,8 +91,8 @@ def find(jobs: Sequence[Job], *, all_scores: bool = False) -> Garbage:
     # Whatever else lies there is somebody's.
     parts = [entry for entry in listed if _PART_NAME.fullmatch(_name_of(entry.url))]
     # By their last two names: s3a:// and s3:// are one bucket.
-    named = {_name_of(job.plan.part_url(unit)) for job in jobs for unit in job.plan.units}
-    strays = [part for part in parts if _name_of(part.url) not in named]
+    named, kept = _names(jobs), _names([*jobs, *whole])
+    strays = [part for part in parts if _name_of(part.url) not in kept]
     elsewhere = set() if all_scores else _elsewhere(strays, jobs[0].config.input.paths)
     parts, strays = ([p for p in some if p.url not in elsewhere] for some in (parts, strays))
     before = time.time() - KEEP_S
@@ -129,6 +130,10 @@ def _shard_of(part_url: str) -> str | None:
         if is_outage(err):
             raise
         return None
+
+
+def _names(jobs: Sequence[Job]) -> set[str]:
+    return {_name_of(job.plan.part_url(unit)) for job in jobs for unit in job.plan.units}
 
 
 def _name_of(part_url: str) -> str:

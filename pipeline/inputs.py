@@ -168,14 +168,14 @@ def _list_path(path: str) -> list[ObjectInfo]:
     if fitting:
         if others := [e for e in entries if not _format(e.url) and not hidden(path, e.url)]:
             names = ", ".join(entry.url.rpartition("/")[2] for entry in others[:3])
-            log.info("input %s: %d other files are not read (%s)", path, len(others), names)
+            log.info("input %s: not read: %s (%s)", path, count(len(others), "other file"), names)
         return fitting
     if not entries:
         raise InputError(f"input {path}: nothing is there: an empty directory, or no match.")
     names = ", ".join(entry.url.rpartition("/")[2] for entry in entries[:3])
     raise InputError(
-        f"input {path}: no Parquet inside, and no JSON: has {len(entries)} other files ({names}). "
-        "Expected .parquet, .json or .jsonl (also .gz, .zst)."
+        f"input {path}: no Parquet inside, and no JSON: has {count(len(entries), 'other file')} "
+        f"({names}). Expected .parquet, .json or .jsonl (also .gz, .zst)."
     )
 
 

@@ -2,9 +2,9 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.inputs import Corpus, Shard
 from pipeline.rendering import Renderer
 from pipeline.schemas import EXPERIENCE
-from pipeline.settings import ModelRef, ScoringSettings
+from pipeline.settings import Measure, ModelRef, ScoringSettings
 from pipeline.storage_faults import using_output
 from pipeline.units import Plan
 
@@ -48,7 +48,6 @@ class Job:
     config: Config
     corpus: Corpus
     settings: ScoringSettings
-    score_fp: str
     plan: Plan
 
 
@@ -78,6 +77,12 @@ def with_model(checked: Checked, model: ModelConfig) -> Checked:
     return _describe(config, checked.corpus, model_files.resolve(model))
 
 
+def without_max_rows(checked: Checked) -> Checked:
+    """The same without `input.max_rows`, which is for a try: with all rows of its shards."""
+    whole = checked.config.input.model_copy(update={"max_rows": None})
+    return replace(checked, config=checked.config.model_copy(update={"input": whole}))
+
+
 def _describe(config: Config, corpus: Corpus, ref: ModelRef) -> Checked:
     architecture = models.load_config(ref)
     preset = config.preset
@@ -94,7 +99,7 @@ def _describe(config: Config, corpus: Corpus, ref: ModelRef) -> Checked:
     return Checked(config, corpus, ref, renderer, num_parameters)
 
 
-def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
+def plan(checked: Checked, measure: Measure = "ifd") -> Job:
     """Resolve what depends on the cluster's kind of device, and cut the corpus into units."""
     config, renderer = checked.config, checked.renderer
     settings = ScoringSettings(
@@ -120,7 +125,7 @@ def plan(checked: Checked, measure: Literal["ifd", "prompt"] = "ifd") -> Job:
         config.input.max_rows,
         settings.folder,
     )
-    return Job(config, checked.corpus, settings, score_fp, planned)
+    return Job(config, checked.corpus, settings, planned)
 
 
 def _trainings(config: Config) -> list[TrainConfig]:

@@ -52,10 +52,10 @@ def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
 
 
 def load_config(ref: ModelRef) -> Any:
-    """The architecture's config, of the text part where it has several.
+    """The architecture's config; what is asked of it is said of its `get_text_config()`.
 
     Raises:
-        ModelError: It is missing, or no causal language model that transformers knows.
+        ModelError: It is missing, or of no architecture that transformers knows.
     """
     directory = local_directory(ref, weights=False)
     if os.path.exists(os.path.join(directory, "adapter_config.json")):

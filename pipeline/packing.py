@@ -39,11 +39,9 @@ class Pack:
     parents: tuple[int, ...] = ()
     """Of each stretch, the one that its sequence begins with, which lies before it and has no
     parent itself; or -1. Empty: all are -1."""
-    windows: set[int | None] = field(default_factory=set, compare=False, repr=False)
+    windows: set[int | None] = field(default_factory=set, repr=False)
     """Sliding windows that layers have asked of its attention."""
-    _on_device: dict[torch.device, "PackTensors"] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    _on_device: dict[torch.device, "PackTensors"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Give it a handle: int64 (1,), what stands for it where only tensors go."""

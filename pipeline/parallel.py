@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.compiled import repeated_layers
-from pipeline.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -52,9 +51,6 @@ def parallel(module: nn.Module, model: Any, per_replica: int, dtype: torch.dtype
         model: A transformers model.
         per_replica: Workers that share one copy of the weights.
         dtype: Of matrix products.
-
-    Raises:
-        ConfigError: The workers do not make up whole replicas.
     """
     world = world_size()
     if world == 1:
@@ -63,10 +59,6 @@ def parallel(module: nn.Module, model: Any, per_replica: int, dtype: torch.dtype
         # Text alone leaves the other parts of a model with images without gradients.
         several_parts = model.config.get_text_config() is not model.config
         return DistributedDataParallel(module, find_unused_parameters=several_parts)
-    if world % per_replica:
-        raise ConfigError(
-            f"train.gpus_per_replica {per_replica}: got {world} workers, expected a multiple of it."
-        )
     shape = (world // per_replica, per_replica)
     mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("replica", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -1,18 +1,64 @@
 """Units that have no part yet: sent to the models, and the run ended where it must be."""
 
 import logging
+from dataclasses import dataclass
 
 from pipeline import accounting, cluster, errors, recovery, reuse, tokenising
+from pipeline.accounting import Audit
 from pipeline.job import Job
 from pipeline.parts import UnitDone, failed
 from pipeline.settings import Scoring
-from pipeline.units import Unit
+from pipeline.units import Plan, Unit
 from pipeline.watching import Pace, Progress
 
 log = logging.getLogger("cherry")
 
 
-def score(job: Job, progress: Progress) -> list[UnitDone]:
+@dataclass(frozen=True)
+class Measured:
+    """A corpus of which every row has been measured: scored, or embedded."""
+
+    job: Job
+    plan: Plan
+    """Less units of shards that turned out to be unreadable."""
+    done: list[UnitDone]
+    """What was measured now, and units of unreadable shards."""
+    audited: Audit
+
+    @property
+    def skipped(self) -> list[str]:
+        """Why shards were left out."""
+        failures = {str(unit.failure) for unit in self.done if unit.failure}
+        return [*self.job.corpus.skipped, *sorted(failures)]
+
+    @property
+    def num_skipped(self) -> int:
+        """How many shards were left out."""
+        failed = {unit.shard_url for unit in self.done if unit.failure}
+        return len(self.job.corpus.skipped) + len(failed)
+
+
+def measure(job: Job, progress: Progress, *, retry_errors: bool = False) -> Measured:
+    """Measure what is new; `retry_errors` also measures rows again that ended as `error`."""
+    done = _rescore(job, progress) if retry_errors else []
+    return _audited(job, done + _score(job, progress))
+
+
+def measured(job: Job) -> Measured:
+    """What was measured before.
+
+    Raises:
+        InputError: Units have no part yet.
+    """
+    return _audited(job, _left_out(job))
+
+
+def _audited(job: Job, done: list[UnitDone]) -> Measured:
+    finished = job.plan.without({unit.unit_id for unit in done if unit.failure})
+    return Measured(job, finished, done, accounting.audit(finished))
+
+
+def _score(job: Job, progress: Progress) -> list[UnitDone]:
     """Score the units that have no part, but for rows that have a score."""
     parts = job.plan.parts()
     pending = job.plan.pending(parts)
@@ -22,7 +68,7 @@ def score(job: Job, progress: Progress) -> list[UnitDone]:
     return _score_units(job, pending, progress, known=known)
 
 
-def rescore(job: Job, progress: Progress) -> list[UnitDone]:
+def _rescore(job: Job, progress: Progress) -> list[UnitDone]:
     """Score rows with status `error` again, and replace their parts."""
     there = job.plan.without({u.unit_id for u in job.plan.pending(job.plan.parts())})
     with_errors = accounting.audit(there).with_errors()
@@ -30,12 +76,8 @@ def rescore(job: Job, progress: Progress) -> list[UnitDone]:
     return _score_units(job, units, progress, rescore=True)
 
 
-def left_out(job: Job) -> list[UnitDone]:
-    """Units that have no part because they cannot be read, where bad shards are skipped.
-
-    Raises:
-        InputError: Some have none because nobody scored them yet.
-    """
+def _left_out(job: Job) -> list[UnitDone]:
+    """Units that have no part because they cannot be read, where bad shards are skipped."""
     missing = job.plan.pending(job.plan.parts())
     unreadable = []
     for unit in missing:

@@ -10,21 +10,10 @@ Source: arXiv:2308.12032, section 3.
 
 import functools
 import hashlib
-from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline import (
-    accounting,
-    cluster,
-    listing,
-    manifests,
-    pending,
-    storage,
-    training,
-    training_data,
-)
-from pipeline.accounting import Audit
+from pipeline import cluster, listing, manifests, pending, storage, training, training_data
 from pipeline.config import Config, ModelConfig
 from pipeline.config_training import ExperienceConfig, TrainConfig
 from pipeline.errors import InputError, NotTrainedError
@@ -32,38 +21,22 @@ from pipeline.experience import find_experience, select_experience
 from pipeline.inputs import Corpus, open_sources
 from pipeline.job import Checked, Job, plan, with_model
 from pipeline.manifests import Finished
+from pipeline.pending import Measured
 from pipeline.training_job import TrainJob, plan_training
-from pipeline.units import Plan
 from pipeline.watching import Progress
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A corpus whose prompts have embeddings."""
-
-    job: Job
-    plan: Plan
-    """Less units of shards that turned out to be unreadable."""
-    skipped: list[str]
-    """Why these shards were left out."""
-    audited: Audit
-
-
-def embed(checked: Checked, progress: Progress, *, retry_errors: bool = False) -> Embedded:
+def embed(checked: Checked, progress: Progress, *, retry_errors: bool = False) -> Measured:
     """Embed every prompt that has no embedding yet."""
-    job = plan(checked, measure="prompt")
-    done = pending.rescore(job, progress) if retry_errors else []
-    done += pending.score(job, progress)
-    failed = {unit.unit_id: str(unit.failure) for unit in done if unit.failure}
-    finished = job.plan.without(set(failed))
-    skipped = [*job.corpus.skipped, *sorted(set(failed.values()))]
-    return Embedded(job, finished, skipped, accounting.audit(finished))
+    return pending.measure(plan(checked, measure="prompt"), progress, retry_errors=retry_errors)
 
 
-def choose_experience(embedded: Embedded, settings: ExperienceConfig) -> Finished:
+def choose_experience(embedded: Measured, settings: ExperienceConfig) -> Finished:
     """Choose the rows of brief experience."""
-    output = embedded.job.config.output
-    return select_experience(embedded.plan, embedded.job.corpus, output, settings, embedded.audited)
+    job = embedded.job
+    return select_experience(
+        embedded.plan, job.corpus, job.config.output, settings, embedded.audited
+    )
 
 
 def with_experienced_model(
@@ -95,14 +68,11 @@ def find_experienced_model(checked: Checked) -> Checked:
         f"experience: the model of brief experience is not trained yet under {config.output}. "
         "Run: cherry run CONFIG."
     )
-    job = plan(checked, measure="prompt")
     try:
-        unreadable = pending.left_out(job)
+        embedded = pending.measured(plan(checked, measure="prompt"))
     except InputError:  # some prompts have no embedding yet
         raise absent from None
-    embedding = job.plan.without({unit.unit_id for unit in unreadable})
-    audited = accounting.audit(embedding)
-    subset = find_experience(embedding, config.output, config.experience, audited)
+    subset = find_experience(embedded.plan, config.output, config.experience, embedded.audited)
     if subset is not None:
         trained = manifests.find(_brief_training(checked, subset, config.experience).url)
         if trained is not None:

@@ -33,7 +33,7 @@ from pipeline.parts import UnitDone, failed, find_parts, publish_part
 from pipeline.schemas import from_ipc, to_ipc
 from pipeline.scoring import LOAD_TIMEOUT_S, UnitScorer
 from pipeline.settings import Scoring
-from pipeline.texts import describe_cause
+from pipeline.texts import count, describe_cause
 from pipeline.tokenising import prepare
 from pipeline.units import Unit
 
@@ -76,7 +76,7 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
                 "most often the model does not fit the memory. What is scored is kept."
             ) from broken
         if left:
-            log.warning("%d units were lost with their process and are tried again", len(left))
+            log.warning("lost with their process, and tried again: %s", count(len(left), "unit"))
     if left:
         log.warning("%d units were lost twice: looking for the rows that do it", len(left))
         yield from _isolate(list(left.values()), scoring)

@@ -11,7 +11,7 @@ from rich.text import Text
 from pipeline.errors import CherryError
 from pipeline.garbage import Garbage
 from pipeline.manifests import Finished
-from pipeline.phases import Embedded
+from pipeline.pending import Measured
 from pipeline.rows import take_rows
 from pipeline.run import Result
 from pipeline.samples import read_samples
@@ -40,9 +40,8 @@ def show(result: Result, console: Console) -> None:
     console.print(_files(summary), soft_wrap=True)
 
 
-def show_experience(found: tuple[Finished, Embedded], console: Console) -> None:
+def show_experience(experience: Finished, embedded: Measured, console: Console) -> None:
     """Print what `cherry experience` chose."""
-    experience, embedded = found
     manifest = experience.manifest
     counts = manifest["rows_by_status"]
     console.print(status_table("Prompts", "status", counts, manifest["rows"]))

@@ -22,7 +22,7 @@ from pipeline import listing, manifests, storage
 from pipeline.accounting import Audit
 from pipeline.budgets import UNLIMITED, Rows, SelectSettings, asked_rows, dealt_rows
 from pipeline.columns import output_schema
-from pipeline.errors import InputError, StorageError
+from pipeline.errors import InputError
 from pipeline.examples import example_keys, message_keys
 from pipeline.inputs import Corpus
 from pipeline.manifests import Finished
@@ -38,7 +38,6 @@ def select(
     corpus: Corpus,
     output: str,
     settings: SelectSettings,
-    score_fp: str,
     audited: Audit,
     skipped_shards: int = 0,
 ) -> tuple[Finished, Survey | None]:
@@ -62,7 +61,7 @@ def select(
     schema = output_schema(corpus, settings)
     select_fp = fingerprint(
         {
-            "score_fp": score_fp,
+            "score_fp": plan.fingerprint,
             "units": [unit.unit_id for unit in plan.units],
             "parts": audited.digest,
             "settings": asdict(settings),
@@ -86,7 +85,7 @@ def select(
         outcomes = _outcomes(settings, ranking, asked, of[settings.of])
         parts = write_subset(plan, corpus, ranking, settings, schema, url)
         manifest = {
-            "score_fingerprint": score_fp,
+            "score_fingerprint": plan.fingerprint,
             "select_fingerprint": select_fp,
             "score_parts": {"count": len(audited.entries), "sha256": audited.digest},
             "settings": asdict(settings),
@@ -104,12 +103,7 @@ def select(
             "groups": _groups(survey, ranking, asked) if settings.group_by else [],
             "parts": parts,
         }
-        if changed := audited.changed(plan):
-            raise StorageError(
-                f"{plan.scores_url}: {len(changed)} parts changed while they were selected from, "
-                f"the first is {changed[0]}.parquet. Another run rescores or deletes them: let it "
-                "end, then run cherry select."
-            )
+        audited.refuse_changed(plan)
         selected = manifests.finish(url, manifest)
     _point_latest(output, {"manifest": f"cherry/{select_fp}/_MANIFEST.json"})
     return selected, survey

@@ -16,6 +16,8 @@ from pipeline.units import fingerprint
 SCORING_VERSION = 4
 EMBEDDING_VERSION = 5
 
+Measure = Literal["ifd", "prompt"]
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -49,7 +51,7 @@ class ScoringSettings:
     """Work that is done once for several rows; scores agree within rounding, so neither is this."""
     compiled: Literal["auto"] | bool = "auto"
     """What is compiled; likewise."""
-    measure: Literal["ifd", "prompt"] = "ifd"
+    measure: Measure = "ifd"
     """What is asked of the model: both losses of the responses, or the embedding and the loss of
     the prompts, for brief experience."""
 

@@ -7,6 +7,7 @@ the cluster has it installed.
 """
 
 import itertools
+import logging
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from packaging.requirements import Requirement
 from ray.exceptions import RayError
@@ -30,9 +31,7 @@ from pipeline.errors import ConfigError
 from pipeline.texts import describe_cause
 from pipeline.units import fingerprint
 
-Command = Literal["run", "score", "select", "experience", "train", "compare"]
-
-_SCORING: tuple[Command, ...] = ("run", "score", "experience")
+_SCORING = ("run", "score", "experience")
 """Commands that know `--retry-errors`."""
 
 _SECRET = re.compile(
@@ -70,7 +69,7 @@ def submit(
     overrides: list[str] | None,
     address: str | None,
     *,
-    command: Command = "run",
+    command: str = "run",
     retry_errors: bool = False,
     variables: list[str] | None = None,
     extras: list[str] | None = None,
@@ -172,6 +171,9 @@ def _connect(address: str | None) -> JobSubmissionClient:
         raise ConfigError(f"--address {address}: expected http://{address}. Nothing was started.")
     if address:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray prefers RAY_ADDRESS to an argument
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they set one when imported
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)
         client.list_jobs()  # it may ask for a token

@@ -1,16 +1,13 @@
 """What a run did, in numbers: the object that `--json` prints."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.accounting import Audit, first_failures
-from pipeline.job import Job
-from pipeline.parts import UnitDone
+from pipeline.accounting import first_failures
+from pipeline.pending import Measured
 from pipeline.schemas import FAILED_STATUSES
-from pipeline.units import Plan
 
 log = logging.getLogger("cherry")
 
@@ -37,13 +34,14 @@ class Summary:
     rows_reused: int
     tokens_scored: int
     tokens_per_s: float | None
-    seconds: float
-    selected_rows: int | None
-    cut: float | None
     score_fingerprint: str
     scores_path: str
-    cherry_path: str | None
-    manifest: str | None
+    seconds: float = 0.0
+    """In all."""
+    selected_rows: int | None = None
+    cut: float | None = None
+    cherry_path: str | None = None
+    manifest: str | None = None
     skipped_shards: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """The first rows that failed, and why; each row's reason is in its part."""
@@ -63,14 +61,12 @@ def failed_fraction(rows_by_status: Mapping[str, int]) -> float:
     return failed_rows(rows_by_status) / max(1, sum(rows_by_status.values()))
 
 
-def summarise(
-    job: Job, finished: Plan, done: list[UnitDone], audited: Audit, begun: float
-) -> Summary:
+def summarise(measured: Measured) -> Summary:
     """Put together what was planned, what was done now, and what the parts hold."""
-    failed = {str(unit.failure) for unit in done if unit.failure}
-    scored = [unit for unit in done if not unit.failure]
+    job, plan, audited = measured.job, measured.plan, measured.audited
+    scored = [unit for unit in measured.done if not unit.failure]
     scored_ids = {unit.unit_id for unit in scored}
-    reused = [unit for unit in finished.units if unit.unit_id not in scored_ids]
+    reused = [unit for unit in plan.units if unit.unit_id not in scored_ids]
     with_model = [unit for unit in scored if unit.tokens]
     seconds_scoring = max((u.committed for u in with_model), default=0.0) - min(
         (u.started for u in with_model), default=0.0
@@ -89,15 +85,10 @@ def summarise(
         rows_reused=sum(u.num_rows for u in reused) + sum(u.rows_reused for u in scored),
         tokens_scored=tokens,
         tokens_per_s=round(tokens / seconds_scoring, 1) if tokens and seconds_scoring > 0 else None,
-        seconds=round(time.monotonic() - begun, 3),
-        selected_rows=None,
-        cut=None,
-        score_fingerprint=job.score_fp,
-        scores_path=finished.scores_url,
-        cherry_path=None,
-        manifest=None,
-        skipped_shards=[*job.corpus.skipped, *sorted(failed)],
-        failures=first_failures(finished, audited),
+        score_fingerprint=plan.fingerprint,
+        scores_path=plan.scores_url,
+        skipped_shards=measured.skipped,
+        failures=first_failures(plan, audited),
         model=job.settings.model.path,
     )
 

@@ -10,19 +10,29 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import typer
-from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.text import Text
 
 from pipeline import errors, texts
 
 
+class Terminal(NamedTuple):
+    """Where a command says what."""
+
+    out: TextIO
+    """Standard output itself."""
+    results: Console
+    """On it, or with `--json` on standard error."""
+    err: Console
+    """All else, on standard error."""
+
+
 @contextmanager
-def speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
-    """Standard output, a console for results and one for the rest; errors become exit codes.
+def speaking(as_json: bool) -> Iterator[Terminal]:
+    """Where to say what; errors become exit codes.
 
     Ray prints what its daemons say to standard output: while this is open, that is standard error.
     """
@@ -33,26 +43,44 @@ def speaking(as_json: bool) -> Iterator[tuple[TextIO, Console, Console]]:
     out = sys.stdout
     err = Console(stderr=True, highlight=False)
     results = err if as_json else Console(file=out, highlight=False)
+    signals: list[int] = []
     try:
-        with redirect_stdout(sys.stderr), _terminating():
-            yield out, results, err
-    except KeyboardInterrupt as interrupt:
+        with redirect_stdout(sys.stderr), _terminating(signals):
+            yield Terminal(out, results, err)
+    except KeyboardInterrupt:
         say(err, "interrupted; what was done is kept, and the same command goes on from there")
-        terminated = signal.SIGTERM in interrupt.args
-        code = errors.EXIT_TERMINATED if terminated else errors.EXIT_INTERRUPTED
+        code = errors.EXIT_TERMINATED if signals else errors.EXIT_INTERRUPTED
         raise typer.Exit(code) from None
-    except (errors.CherryError, RayError) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        known = cause if isinstance(cause, errors.CherryError) else None
-        say(err, str(known or cause))
-        raise typer.Exit(known.exit_code if known else errors.EXIT_FAILED) from None
+    except Exception as error:
+        cause = _explained(error)
+        if cause is None:
+            raise
+        say(err, str(cause))
+        known = isinstance(cause, errors.CherryError)
+        raise typer.Exit(cause.exit_code if known else errors.EXIT_FAILED) from None
+
+
+def _explained(error: Exception) -> Any:
+    """What a person is told of an error; None if it is a bug, whose traceback is wanted."""
+    if "ray" in sys.modules:  # it takes a while, which a mistake in a config need not wait for
+        from ray.exceptions import RayError, RayTaskError
+
+        if isinstance(error, RayTaskError):
+            return error.cause
+        if isinstance(error, RayError):
+            return error
+    return error if isinstance(error, errors.CherryError) else None
 
 
 @contextmanager
-def _terminating() -> Iterator[None]:
-    """SIGTERM, which a pod that is deleted gets, ends what is under way as Ctrl-C does."""
+def _terminating(signals: list[int]) -> Iterator[None]:
+    """SIGTERM, which a pod that is deleted gets, ends what is under way as Ctrl-C does.
+
+    It is noted in `signals`: out of Ray's waits comes another interrupt than went in.
+    """
 
     def end(number: int, _: object) -> None:
+        signals.append(number)
         raise KeyboardInterrupt(signal.Signals(number))
 
     if threading.current_thread() is not threading.main_thread():
@@ -88,12 +116,6 @@ def _quiet_libraries() -> None:
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("cherry").setLevel(logging.INFO)
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    for name in ("dashboard_sdk", "job.sdk"):  # these set a level of their own
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     os.environ.setdefault(
         "RAY_BACKEND_LOG_LEVEL", "fatal"
     )  # Ray's own notes, kept in its log files

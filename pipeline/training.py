@@ -12,14 +12,14 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.exceptions import RayError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors import SafetensorError
@@ -97,25 +97,22 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
     """Train on the cluster, each from its newest checkpoint on if there is one."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     said = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    outcome: list[BaseException] = []
-    runner = threading.Thread(
-        target=_run, args=(jobs, trainers, said, outcome), daemon=True, name="cherry-train"
-    )
-    runner.start()
-    told: CherryError | None = None
-    while (message := said.get()) is not None:
-        if isinstance(message, str):
-            progress.phase(message)
-        elif isinstance(message, StepDone):
-            progress.step(message)
-            told = None  # of workers that were replaced since
-        else:
-            told = message
+    told: list[CherryError] = []
+    listener = threading.Thread(target=_listen, args=(said, progress, told), daemon=True)
+    listener.start()
+    cause = None
+    try:
+        _run(jobs, trainers, said)
+    except Exception as err:  # noqa: BLE001  # what the workers said comes first
+        cause = err
+    finally:  # also of an interrupted run: a thread that asks Ray as it ends can end the process
+        with suppress(RayError):
+            said.put(None)
+            listener.join()
     said.shutdown()
     for job in jobs:
         if manifests.find(job.url) is None:
-            cause = outcome[0] if outcome else None
-            raise told or TrainingError(
+            raise (told[-1] if told else None) or TrainingError(
                 f"training of {job.url}: its workers were lost {_MOST_FAILURES + 1} times, or did "
                 f"not come in {_MOST_STARTS} minutes (wanted: {trainers.describe()}). The last "
                 f"cause: {describe_cause(cause)}. Look at the logs of the workers; most often the "
@@ -124,37 +121,53 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
             ) from cause
 
 
-def _run(
-    jobs: list[TrainJob], trainers: Trainers, said: Queue, outcome: list[BaseException]
-) -> None:
-    """Run Ray Train to its end, and then say so."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="cherry-train-") as folder:
-            TorchTrainer(
-                _worker,
-                train_loop_config={"jobs": jobs, "said": said},
-                scaling_config=ScalingConfig(
-                    num_workers=trainers.workers,
-                    use_gpu=trainers.use_gpu,
-                    resources_per_worker=trainers.resources,
+def _listen(said: Queue, progress: Progress, told: list[CherryError]) -> None:
+    """Hand on what the workers say, and keep the errors since the last step."""
+    while (message := said.get()) is not None:
+        if isinstance(message, str):
+            progress.phase(message)
+        elif isinstance(message, StepDone):
+            progress.step(message)
+            told.clear()  # of workers that were replaced since
+        else:
+            told.append(message)
+
+
+def _run(jobs: list[TrainJob], trainers: Trainers, said: Queue) -> None:
+    """Run Ray Train to its end."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # not before: most only score
+    from ray.train.torch import TorchTrainer
+
+    class Interruptible(TorchTrainer):
+        """Ctrl-C ends it as it ends the rest of a run; its own handler would exit with 0."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            pass
+
+    with tempfile.TemporaryDirectory(prefix="cherry-train-") as folder:
+        Interruptible(
+            _worker,
+            train_loop_config={"jobs": jobs, "said": said},
+            scaling_config=ScalingConfig(
+                num_workers=trainers.workers,
+                use_gpu=trainers.use_gpu,
+                resources_per_worker=trainers.resources,
+            ),
+            run_config=RunConfig(
+                name="cherry",
+                storage_path=folder,  # of Ray's own notes; checkpoints go to the output
+                failure_config=FailureConfig(
+                    max_failures=_MOST_FAILURES,
+                    controller_failure_limit=_MOST_STARTS,  # type: ignore[call-arg]  # of v2
                 ),
-                run_config=RunConfig(
-                    name="cherry",
-                    storage_path=folder,  # of Ray's own notes; checkpoints go to the output
-                    failure_config=FailureConfig(
-                        max_failures=_MOST_FAILURES,
-                        controller_failure_limit=_MOST_STARTS,  # type: ignore[call-arg]  # of v2
-                    ),
-                ),
-            ).fit()
-    except Exception as err:  # noqa: BLE001  # raised by the thread that waits
-        outcome.append(err)
-    finally:
-        said.put(None)
+            ),
+        ).fit()
 
 
 def _worker(config: dict[str, Any]) -> None:
     """One process of some trainings."""
+    from ray.train.torch import get_device
+
     said: Queue = config["said"]
     jobs: list[TrainJob] = config["jobs"]
     first = ray.train.get_context().get_world_rank() == 0

@@ -39,6 +39,9 @@ class Silence:
         """Nothing."""
 
 
+SILENCE = Silence()
+
+
 class Pace:
     """The state of scoring or embedding."""
 

@@ -110,16 +110,16 @@ def wanted(by: Any = "ifd_loss_ratio", **config: Any) -> SelectSettings:
 
 
 def select(
-    plan: Plan, corpus: Corpus, output: str, settings: SelectSettings, score_fp: str
+    plan: Plan, corpus: Corpus, output: str, settings: SelectSettings
 ) -> tuple[Finished, Survey | None]:
-    return selection.select(plan, corpus, output, settings, score_fp, audit(plan))
+    return selection.select(plan, corpus, output, settings, audit(plan))
 
 
 def select_into(
     folder: Path, plan: Plan, corpus: Corpus, **config: Any
 ) -> tuple[Finished, list[str]]:
     """Select, and name the rows that came out, in their order."""
-    found, _ = select(plan, corpus, str(folder / "out"), wanted(**config), "fp")
+    found, _ = select(plan, corpus, str(folder / "out"), wanted(**config))
     return found, names_of(found)
 
 

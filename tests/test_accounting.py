@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import accounting
 from pipeline.accounting import audit
-from pipeline.errors import AccountingError
+from pipeline.errors import AccountingError, StorageError
 from pipeline.parts import to_parquet
 from pipeline.schemas import PART
 from pipeline.units import Plan, Unit, make_plan
@@ -150,8 +150,9 @@ def test_a_part_that_was_replaced_is_read_again(ray_local: None, plan: Plan) -> 
     assert again.with_errors() == {unit.unit_id}
     assert again.rows_by_status["error"] == 1
     assert again.digest != first.digest
-    assert again.changed(plan) == []
-    assert first.changed(plan) == [unit.unit_id]
+    again.refuse_changed(plan)
+    with pytest.raises(StorageError, match=f"1 part changed .* {unit.unit_id}.parquet"):
+        first.refuse_changed(plan)
 
 
 def test_the_ledger_is_only_a_memory(ray_local: None, plan: Plan, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, and what goes to which stream."""
 
+import io
 import json
 import logging
 import os
@@ -20,11 +21,13 @@ import yaml
 from click.testing import Result
 from conftest import REPOSITORY, ROWS, S3, read_parts, write_parquet
 from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from pipeline import __version__, cluster, cpu_kernels, report, terminal, texts
 from pipeline.cli import app
 from pipeline.layouts import Columns
+from pipeline.terminal import speaking
 from pipeline.units import Plan, Unit
 
 SUMMARY_KEYS = {
@@ -100,6 +103,22 @@ def is_harmless(text: str) -> bool:
     return all(c == "\n" or unicodedata.category(c)[0] != "C" for c in text)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["gc", "--help"], ["--version"], ["run", "absent.yaml"]]
+)
+def test_help_and_mistakes_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom pipeline.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n"
+        "    print(sorted({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+
+
 def test_a_config_that_is_not_there(refused: Callable[..., str], job: Path) -> None:
     job.unlink()
     assert_says(refused(), f"config {job}: there is no such file.")
@@ -125,7 +144,7 @@ def test_no_parquet_inside(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/notes.txt").write_text("text")
     said = refused(f"input.path={tmp_path}/docs")
-    assert_says(said, f"input {tmp_path}/docs: no Parquet inside", "has 1 other files (notes.txt)")
+    assert_says(said, f"input {tmp_path}/docs: no Parquet inside", "has 1 other file (notes.txt)")
     assert_says(said, "Expected .parquet, .json or .jsonl")
 
 
@@ -378,13 +397,13 @@ def test_json_prints_one_object_and_nothing_else_on_standard_output(job: Path) -
     assert is_harmless(done.stderr)
 
 
-@pytest.mark.ray
-def test_a_terminal_that_lacks_letters_shows_the_others(job: Path, corpus: Path) -> None:
+def test_a_terminal_that_lacks_letters_shows_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """All work is done by then: its exit code is no matter of fonts."""
-    write_parquet(corpus / "shard-0.parquet", [{**row, "input": "水"} for row in ROWS[:15]])
-    done = cherry_process("run", job, environment={"PYTHONIOENCODING": "latin-1"})
-    assert done.returncode == 0, done.stderr
-    assert "\\u" in done.stdout
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "latin-1", write_through=True))
+    with speaking(as_json=False) as terminal:
+        terminal.results.print(Text("é and 水"))
+    assert shown.getvalue() == b"\xe9 and \\u6c34\n"
 
 
 @pytest.mark.ray

@@ -108,7 +108,7 @@ def planned(
             raw["input"]["columns"] = {"prompt": "instruction", "response": "output"}
         (raw[section] if section else raw).update({leaf: filled} | NEEDS.get(key, {}))
         job = plan(check(Config.model_validate(raw), selecting=False))
-        return job.score_fp, [unit.unit_id for unit in job.plan.units]
+        return job.plan.fingerprint, [unit.unit_id for unit in job.plan.units]
 
     return build
 
@@ -131,6 +131,16 @@ def test_what_changes_the_rows_changes_the_units_only(planned: Any, key: str) ->
 def test_nothing_else_changes_either(planned: Any, key: str) -> None:
     value = (CHANGE_NOTHING | CHANGE_THE_SELECTION)[key]
     assert planned("output", "{tmp}/out") == planned(key, value)
+
+
+def test_what_is_the_presets_own_changes_nothing(
+    ray_local: None, config_for: ConfigFor, corpus: Path
+) -> None:
+    spelt_out = {"preset": "cherry", "max_length": 512, "pair_tokens": True, "template": "alpaca"}
+    jobs = [
+        plan(check(config_for(corpus, score=score), selecting=False)) for score in ({}, spelt_out)
+    ]
+    assert jobs[0].plan == jobs[1].plan
 
 
 @pytest.mark.parametrize("key", CHANGE_THE_SELECTION)

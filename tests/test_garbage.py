@@ -337,7 +337,18 @@ def test_a_shard_that_cannot_be_read_keeps_its_parts(config: Any, corpus: Path) 
 
 def test_parts_are_known_by_any_spelling_of_their_url(config: Any) -> None:
     job = plan(check(config, selecting=False))
-    assert len(garbage.find([job]).parts) == 0  # all are young
+    assert len(garbage.find([job], []).parts) == 0  # all are young
     age(config)
     spelled = replace(job.plan, scores_url=f"file://{job.plan.scores_url}")
-    assert len(garbage.find([replace(job, plan=spelled)]).parts) == 1
+    assert len(garbage.find([replace(job, plan=spelled)], []).parts) == 1
+
+
+def test_rows_beyond_max_rows_keep_their_parts(config: Any) -> None:
+    """It is for a try; the shards are as they were, and all of them have scores."""
+    age(config)
+    every = found(config)["parts"]
+    assert found(config, "--set=input.max_rows=15")["parts"] == every
+    deleted = gc(config, "--delete", "--set=input.max_rows=15")
+    assert deleted.exit_code == 0, deleted.stderr
+    assert len(parts(config)) == 3
+    assert run.score(config).summary.units_scored == 0

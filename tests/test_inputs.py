@@ -555,7 +555,7 @@ def test_files_that_are_not_read_are_named(
         write(tmp_path / "in" / name, b"x")
     with caplog.at_level("INFO", logger="cherry"):
         open_at(tmp_path / "in")
-    assert "2 other files are not read (README.md, b.parquet.gz)" in caplog.text
+    assert "not read: 2 other files (README.md, b.parquet.gz)" in caplog.text
 
 
 def test_a_store_that_names_no_version_is_refused(
@@ -650,7 +650,7 @@ def test_a_missing_path_an_empty_directory_and_one_without_data_are_told_apart(
     with pytest.raises(InputError, match=r"no-match-\*\.parquet: nothing is there"):
         open_at(tmp_path / "no-match-*.parquet")
     write(tmp_path / "docs/README.md", b"text")
-    with pytest.raises(InputError, match=r"no Parquet inside.*1 other files \(README\.md\)"):
+    with pytest.raises(InputError, match=r"no Parquet inside.*1 other file \(README\.md\)"):
         open_at(tmp_path / "docs")
 
 

@@ -6,11 +6,12 @@ import math
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -558,7 +559,7 @@ def test_a_copy_that_is_not_eligible_hides_no_other(ray_local: None, tmp_path: P
 def test_survey_holds_the_extremes(ray_local: None, tmp_path: Path) -> None:
     rows = [row(0.5, n) for n in range(4)] + [row(0.9, 5), row(1.5, 6), row(0.1, 7), EMPTY]
     plan, corpus = scored(tmp_path, [rows[:3], rows[3:]], unit_rows=2)
-    _, survey = select(plan, corpus, str(tmp_path / "out"), wanted(), "fp")
+    _, survey = select(plan, corpus, str(tmp_path / "out"), wanted())
     assert [(u.start, u.stop) for u in plan.units] == [(0, 1), (1, 3), (0, 1), (1, 3), (3, 5)]
     best = (0.9, 3, 1)
     tied = [(0.5, 0, 0), (0.5, 1, 1), (0.5, 1, 2), (0.5, 2, 0)]
@@ -577,7 +578,7 @@ def test_two_runs_give_the_same_bytes(ray_local: None, tmp_path: Path) -> None:
     plan, corpus = scored(tmp_path, [rows[:40], rows[40:]], unit_rows=5)
     contents = []
     for name in ("one", "other"):
-        select(plan, corpus, str(tmp_path / name), wanted(fraction="0.3"), "fp")
+        select(plan, corpus, str(tmp_path / name), wanted(fraction="0.3"))
         contents.append({n: f[2] for n, f in files_of(tmp_path / name).items()})
     assert contents[0] == contents[1]
     assert len(contents[0]) == 3
@@ -591,7 +592,7 @@ from pipeline.accounting import audit
 plan, corpus, settings = pickle.load(open(sys.argv[1], "rb"))
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
          object_store_memory=100_000_000)
-selection.select(plan, corpus, sys.argv[2], settings, "fp", audit(plan))
+selection.select(plan, corpus, sys.argv[2], settings, audit(plan))
 """
 
 
@@ -602,7 +603,7 @@ def test_number_of_workers_changes_no_byte(ray_local: None, tmp_path: Path) -> N
     plan, corpus = scored(tmp_path, [rows[:150], rows[150:]], unit_rows=4)
     job = (plan, corpus, wanted(fraction="0.2"))
     (tmp_path / "job").write_bytes(pickle.dumps(job))
-    select(*job[:2], str(tmp_path / "three"), job[2], "fp")
+    select(*job[:2], str(tmp_path / "three"), job[2])
     command = [sys.executable, "-c", _ONE_CPU, str(tmp_path / "job"), str(tmp_path / "one")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=120)
@@ -693,9 +694,11 @@ def test_each_setting_and_the_corpus_name_the_subset(ray_local: None, tmp_path: 
         {"min_ifd": 0.1}, {"max_ifd": 0.9}, {"min_response_tokens": 2}, {"by": "ifd_ppl_ratio"},
     ]  # fmt: skip
     urls = {select_into(tmp_path, plan, corpus, **c)[0].url for c in configs}
-    other_fp, _ = select(plan, corpus, str(tmp_path / "out"), wanted(), "fp2")
+    elsewhere = replace(plan, scores_url=f"{plan.scores_url}2")
+    shutil.copytree(plan.scores_url, elsewhere.scores_url)
+    other_fp, _ = select(elsewhere, corpus, str(tmp_path / "out"), wanted())
     fewer_units = plan.without({plan.units[-1].unit_id})
-    shrunk, _ = select(fewer_units, corpus, str(tmp_path / "out"), wanted(), "fp")
+    shrunk, _ = select(fewer_units, corpus, str(tmp_path / "out"), wanted())
     assert len(urls | {other_fp.url, shrunk.url}) == len(configs) + 2
 
 
@@ -760,7 +763,7 @@ def test_missing_part_is_named(ray_local: None, tmp_path: Path) -> None:
     audited = audit(plan)
     path.unlink()
     with pytest.raises(InputError, match=path.name):
-        selection.select(plan, corpus, str(tmp_path / "out"), wanted(count=3), "fp", audited)
+        selection.select(plan, corpus, str(tmp_path / "out"), wanted(count=3), audited)
 
 
 # Other bytes
@@ -775,8 +778,8 @@ def test_parts_that_change_while_they_are_selected_from_are_noticed(
     changed = Path(plan.part_url(plan.units[1]))
     table = pq.read_table(changed)
     pq.write_table(table.replace_schema_metadata({"cherry.device": "another"}), changed)
-    job = (plan, corpus, str(tmp_path / "out"), wanted(fraction="0.5"), "fp")
-    with pytest.raises(StorageError, match=f"1 parts changed.*{plan.units[1].unit_id}"):
+    job = (plan, corpus, str(tmp_path / "out"), wanted(fraction="0.5"))
+    with pytest.raises(StorageError, match=f"1 part changed.*{plan.units[1].unit_id}"):
         selection.select(*job, audited)
     assert not list(tmp_path.glob("out/cherry/*/_MANIFEST.json"))
     assert not (tmp_path / "out/LATEST.json").exists()
@@ -787,7 +790,7 @@ def test_the_same_units_with_other_bytes_make_another_subset(
     ray_local: None, tmp_path: Path
 ) -> None:
     plan, corpus = scored(tmp_path, [[row(0.1 * n, n) for n in range(1, 9)]])
-    job = (plan, corpus, str(tmp_path / "out"), wanted(fraction="0.5"), "fp")
+    job = (plan, corpus, str(tmp_path / "out"), wanted(fraction="0.5"))
     first, _ = select(*job)
     again, survey = select(*job)
     assert (again.url, survey) == (first.url, None)  # made once

@@ -76,7 +76,7 @@ def test_columns_and_types_are_kept(ray_local: None, tmp_path: Path) -> None:
     ratios = [0.1, 0.9, 0.3, 0.8, 0.5, 0.7, 0.2, 0.65, 0.55, 0.45, 0.35, 0.25]
     rows = [row(r, n) for n, r in enumerate(ratios)]
     plan, corpus = plan_of(str(folder), tmp_path / "out", [rows[:7], rows[7:]])
-    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="0.75"), "fp")
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="0.75"))
     table = read(found)
     # Codes get room for the values of other shards; all else stays as it was.
     roomy = {
@@ -134,7 +134,7 @@ def test_shards_with_other_columns_are_unified(ray_local: None, tmp_path: Path) 
     write_and_open(tmp_path / "corpus", *tables)
     rows = [[row(0.4, 1), row(0.3, 2)], [row(0.9, 3), row(0.1, 4)]]
     plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
-    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"))
     table = read(found).drop(SELECTED.names)
     assert table.schema.names == [
         "instruction", "output", "n", "only_first", "label", "more", "only_second",
@@ -204,7 +204,7 @@ def test_a_value_that_widening_would_change_is_refused(
     rows = [[row(0.4, 1), row(0.3, 2)], [row(0.9, 3), row(0.1, 4)]]
     plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
     with pytest.raises(InputError, match="column 'odd'") as caught:
-        select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
+        select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"))
     said = str(caught.value.cause)  # what the command line prints
     assert said.startswith(f"shard {tmp_path}/corpus/shard-")
     assert not (tmp_path / "out" / "LATEST.json").exists()
@@ -218,7 +218,7 @@ def test_reason_of_a_bad_line_is_no_column_of_the_output(ray_local: None, tmp_pa
     rows = [row(0.4, 1), row(0.3, 2), MALFORMED, row(0.9, 3)]
     plan, corpus = plan_of(str(source), tmp_path / "out", [rows])
     assert BAD_LINE in corpus.shards[0].schema.names
-    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"), "fp")
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(fraction="1"))
     table = read(found)
     assert table.schema.names == ["instruction", "output", *SELECTED.names]
     assert table["instruction"].to_pylist() == ["0:2", "0:0", "0:1"]
@@ -240,7 +240,7 @@ def select_all(folder: Path, *tables: pa.Table, **config: Any) -> Any:
     ids = itertools.count(1)
     rows = [[row(0.9 - n / 10_000, n) for n in itertools.islice(ids, len(t))] for t in tables]
     plan, corpus = plan_of(str(folder / "corpus"), folder / "out", rows)
-    return select(plan, corpus, str(folder / "out"), wanted(fraction="1", **config), "fp")[0]
+    return select(plan, corpus, str(folder / "out"), wanted(fraction="1", **config))[0]
 
 
 @ray
@@ -354,7 +354,7 @@ def test_a_shard_of_short_rows_makes_no_longer_parts_of_long_ones(
     write_and_open(tmp_path / "corpus", short, long)
     rows = [[row(0.1, n) for n in range(3000)], [row(0.9, n) for n in range(3000, 3009)]]
     plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows, unit_rows=3000)
-    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(count=12), "fp")
+    found, _ = select(plan, corpus, str(tmp_path / "out"), wanted(count=12))
     assert max(part["rows"] for part in found.manifest["parts"]) <= 5
     # Of one long row, the others are no longer for it.
     sizes = {plan.units[0].shard_url: 100.0, plan.units[1].shard_url: 4_000.0}
@@ -461,7 +461,7 @@ def select_as(folder: Path, table: pa.Table, form: str) -> list[dict[str, Any]]:
     rows = [row(0.9 - n / 100, n + 1) for n in range(len(table))]
     plan, corpus = plan_of(str(folder / "corpus"), folder / "out", [rows])
     found, _ = select(
-        plan, corpus, str(folder / "out"), wanted(fraction="1", format=form, rows_per_part=2), "fp"
+        plan, corpus, str(folder / "out"), wanted(fraction="1", format=form, rows_per_part=2)
     )
     lines = lines_of(found)
     assert [line.pop("rank") for line in lines] == list(range(len(table)))
@@ -572,7 +572,7 @@ def test_a_column_that_is_the_layouts_in_one_shard_is_kept_where_it_is_not(
 def select_into_lines(
     folder: Path, plan: Plan, corpus: Corpus, form: str
 ) -> tuple[list[dict[str, Any]], Any]:
-    found, _ = select(plan, corpus, str(folder / "out"), wanted(fraction="1", format=form), "fp")
+    found, _ = select(plan, corpus, str(folder / "out"), wanted(fraction="1", format=form))
     return lines_of(found), found
 
 
@@ -582,7 +582,7 @@ def test_without_a_readable_shard_there_is_nothing_to_select_from(tmp_path: Path
     plan, corpus = plan_of(str(tmp_path / "corpus"), tmp_path / "out", rows)
     unread = plan.without({unit.unit_id for unit in plan.units})
     with pytest.raises(InputError, match="none of its 1 shard could be read"):
-        select(unread, corpus, str(tmp_path / "out"), wanted(), "fp")
+        select(unread, corpus, str(tmp_path / "out"), wanted())
 
 
 @ray

@@ -1,6 +1,5 @@
 """Work units: a pure plan of footers and settings, with ids that name what can change a score."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -12,8 +11,8 @@ from conftest import ROWS, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import run, samples, storage, units
-from pipeline.config import Config, InputConfig
+from pipeline import samples, storage, units
+from pipeline.config import InputConfig
 from pipeline.inputs import Corpus, Shard, open_corpus
 from pipeline.layouts import Columns
 from pipeline.settings import ModelRef, ScoringSettings
@@ -299,48 +298,6 @@ def test_pending_is_what_has_no_part(corpus: Path, tmp_path: Path) -> None:
         storage.publish(plan.part_url(unit), b"part")
     assert plan.pending(plan.parts()) == []
     assert plan.stale(plan.parts()) == [f"{plan.scores_url}/another.parquet"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"cluster": {"actors": 7}},
-        {"cluster": {"gpus_per_actor": 0.5}},
-        {"cluster": {"threads_per_actor": 2}},
-        {"select": {"fraction": 0.5}},
-        {"select": {"count": 3, "by": "ifd_ppl_ratio"}},
-        {"score": {"max_batch_tokens": 99}},
-        {"score": {"max_error_fraction": 0.5}},
-        {"score": {"preset": "cherry"}},
-        {"score": {"max_length": 512, "pair_tokens": True, "template": "alpaca"}},  # the preset's
-    ],
-    ids=str,
-)
-def test_what_cannot_change_a_score_leaves_the_plan(
-    config_for: Callable[..., Config], corpus: Path, changes: dict[str, Any]
-) -> None:
-    jobs = [run.plan(run.check(config_for(corpus, **c), selecting=True)) for c in ({}, changes)]
-    assert jobs[0].score_fp == jobs[1].score_fp
-    assert jobs[0].plan == jobs[1].plan
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": {"dtype": "bfloat16"}},
-        {"score": {"preset": "cherry-wizardlm"}},
-        {"score": {"template": "plain"}},
-        {"score": {"pair_tokens": False}},
-        {"score": {"max_length": 511}},
-    ],
-    ids=str,
-)
-def test_what_can_change_a_score_changes_every_unit(
-    config_for: Callable[..., Config], corpus: Path, changes: dict[str, Any]
-) -> None:
-    jobs = [run.plan(run.check(config_for(corpus, **c), selecting=True)) for c in ({}, changes)]
-    assert jobs[0].plan.scores_url != jobs[1].plan.scores_url
-    assert not set(ids(jobs[0].plan)) & set(ids(jobs[1].plan))
 
 
 # The fingerprint of scoring

@@ -102,7 +102,7 @@ def against_ray_with_text(rows: list[float], rounds: int, store_gib: float) -> d
             settings = settings_of(duplicates)
             output = f"{folder}/out-{next(count)}"
             audited = accounting.audit(plan)
-            found, _ = selection.select(plan, corpus, output, settings, "fp", audited)
+            found, _ = selection.select(plan, corpus, output, settings, audited)
             shutil.rmtree(output)
             return int(found.manifest["selected_rows"])
 
