@@ -32,6 +32,7 @@ def _lazily(name: str) -> ModuleType:
     spec.loader = importlib.util.LazyLoader(spec.loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[full] = module
+    setattr(sys.modules["pipeline"], name, module)
     spec.loader.exec_module(module)
     return module
 

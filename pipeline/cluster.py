@@ -74,33 +74,48 @@ def connected() -> Iterator[None]:
 
     A cluster that was there before stays; a local one ends with the run.
     """
-    _quiet()
-    started = not ray.is_initialized()
-    if started:
-        # A local node keeps one worker a core and ends idle ones after a second; on two cores those
-        # of the three stages would end and begin, four seconds of imports each, all the time. It
-        # also begins as many ahead for tasks that wait: a few more, then, and not many.
-        limit = (os.cpu_count() or 1) + _SPARE_WORKERS
-        os.environ.setdefault("RAY_num_workers_soft_limit", str(limit))
-        # A thread that outlives the run would start a Ray of its own.
-        auto_init_hook.enable_auto_connect = False
-        # RAY_ADDRESS, which `ray job submit` sets, is read by Ray itself.
-        with _local_on_loopback(), _own_handler(signal.SIGTERM), _without_note_of_level():
-            ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
+    with _quiet():
+        started = not ray.is_initialized()
+        if started:
+            _start()
+        try:
+            yield
+        finally:
+            if started:
+                _end_passes()
+                ray.shutdown()
+
+
+def _start() -> None:
+    # A local node keeps one worker a core and ends idle ones after a second; on two cores those of
+    # the three stages would end and begin, four seconds of imports each, all the time. It also
+    # begins as many ahead for tasks that wait: a few more, then, and not many.
+    limit = (os.cpu_count() or 1) + _SPARE_WORKERS
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(limit))
+    # A thread that outlives the run would start a Ray of its own.
+    auto_init_hook.enable_auto_connect = False
+    # RAY_ADDRESS, which `ray job submit` sets, is read by Ray itself.
+    with _local_on_loopback(), _own_handler(signal.SIGTERM), _without_note_of_level():
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray's loggers get levels of their own when it is imported, and some speak for themselves."""
+    levels = {
+        "ray": logging.WARNING,
+        "ray._private.authentication": logging.ERROR,
+        # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
+        "ray.data": logging.CRITICAL + 1,
+    }
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        if started:
-            _end_passes()
-            ray.shutdown()
-
-
-def _quiet() -> None:
-    """Ray's loggers get levels of their own when it is imported, and some speak for themselves."""
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    # It writes to standard error by itself, rows and all; what went wrong comes as exceptions.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _end_passes() -> None:

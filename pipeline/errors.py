@@ -5,6 +5,7 @@
     CherryError                exit 1
     ├── ConfigError            exit 2   the config is wrong; what only rows can tell comes late
     ├── InputError             exit 2   the corpus cannot be read as asked
+    │   ├── NotScoredError     exit 2   units have no part yet
     │   ├── NotTrainedError    exit 2   the model of brief experience is not there yet
     │   └── ChangedError       exit 2   a shard is not the one any more that was listed
     ├── ModelError             exit 2   the model or its tokenizer cannot be used
@@ -44,6 +45,10 @@ class InputError(CherryError):
     """The input does not exist, may not be read, or is not what the config says it is."""
 
     exit_code = EXIT_REFUSED
+
+
+class NotScoredError(InputError):
+    """Units of the input have no part yet, and this command measures nothing."""
 
 
 class NotTrainedError(InputError):

@@ -48,7 +48,7 @@ def measured(job: Job) -> Measured:
     """What was measured before.
 
     Raises:
-        InputError: Units have no part yet.
+        NotScoredError: Units have no part yet.
     """
     return _audited(job, _left_out(job))
 
@@ -87,7 +87,7 @@ def _left_out(job: Job) -> list[UnitDone]:
         except errors.ShardError as err:
             unreadable.append(failed(unit, str(err), errors.ShardError.__name__))
             continue
-        raise errors.InputError(
+        raise errors.NotScoredError(
             f"{job.plan.scores_url}: {len(missing)} of {len(job.plan.units)} units are not "
             f"scored yet, in {job.settings.dtype}. Run: cherry score CONFIG; or, where machines of "
             "another kind scored them, set model.dtype to theirs."

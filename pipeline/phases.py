@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline import cluster, listing, manifests, pending, storage, training, training_data
 from pipeline.config import Config, ModelConfig
 from pipeline.config_training import ExperienceConfig, TrainConfig
-from pipeline.errors import InputError, NotTrainedError
+from pipeline.errors import InputError, NotScoredError, NotTrainedError
 from pipeline.experience import find_experience, select_experience
 from pipeline.inputs import Corpus, open_sources
 from pipeline.job import Checked, Job, plan, with_model
@@ -70,7 +70,7 @@ def find_experienced_model(checked: Checked) -> Checked:
     )
     try:
         embedded = pending.measured(plan(checked, measure="prompt"))
-    except InputError:  # some prompts have no embedding yet
+    except NotScoredError:  # some prompts have no embedding yet
         raise absent from None
     subset = find_experience(embedded.plan, config.output, config.experience, embedded.audited)
     if subset is not None:

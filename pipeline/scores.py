@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ _ROWS_PER_TASK = 500_000
 _UNITS_PER_TASK = 64
 """However few rows they have: of a store, each part and shard is a request or a few."""
 _MOST_TASKS = 256
+_SMALL_SHARD = 8 << 20
+"""Bytes."""
 
 
 def to_keys(ratios: npt.NDArray[np.float64], order: Order) -> Keys:
@@ -91,8 +94,8 @@ class Task:
 
 def tasks(plan: Plan) -> Iterator[Task]:
     """Cut a plan into tasks of about 500,000 rows or 64 units; larger ones where it is large."""
-    rows_per_task = max(_ROWS_PER_TASK, plan.num_rows // _MOST_TASKS)
-    units_per_task = max(_UNITS_PER_TASK, len(plan.units) // _MOST_TASKS)
+    rows_per_task = max(_ROWS_PER_TASK, 2 * plan.num_rows // _MOST_TASKS)
+    units_per_task = max(_UNITS_PER_TASK, 2 * len(plan.units) // _MOST_TASKS)
     first = num_rows = 0
     for index, unit in enumerate(plan.units, start=1):
         num_rows += unit.num_rows
@@ -178,9 +181,17 @@ def read_groups(task: Task, column: str) -> pa.Array:
         InputError: A shard cannot be read, or its text is not UTF-8.
     """
     shards = [list(some) for _, some in itertools.groupby(task.units, lambda unit: unit.read_url)]
-    each = map if storage.is_local(task.units[0].read_url) else storage.several
-    found = each(partial(_read_groups, column), shards)
+    found = reader_of(task.units)(partial(_read_groups, column), shards)
     return pa.chunked_array(list(found), pa.string()).combine_chunks()
+
+
+def reader_of(units: Sequence[Unit]) -> Any:
+    """How shards are read one after the other: `map`, or several at a time, for small ones.
+
+    Of a store these are mostly waited for; each large one holds a row group.
+    """
+    small = all(unit.file.size <= _SMALL_SHARD for unit in units)
+    return storage.several if small and not storage.is_local(units[0].read_url) else map
 
 
 def encode(groups: pa.Array, codes: dict[str | None, int]) -> Positions:

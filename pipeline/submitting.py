@@ -171,8 +171,12 @@ def _connect(address: str | None) -> JobSubmissionClient:
         raise ConfigError(f"--address {address}: expected http://{address}. Nothing was started.")
     if address:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray prefers RAY_ADDRESS to an argument
-    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they set one when imported
+    # These set a level of their own when they are imported.
+    for name in (
+        "ray",
+        *(f"ray.dashboard.modules.{name}" for name in ("dashboard_sdk", "job.sdk")),
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)

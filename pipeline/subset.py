@@ -31,7 +31,7 @@ from pipeline.inputs import Corpus
 from pipeline.ranking import Ranking
 from pipeline.rows import take_rows
 from pipeline.schemas import SMALLEST_FRACTION
-from pipeline.scores import Task, read_columns
+from pipeline.scores import Task, read_columns, reader_of
 from pipeline.storage_faults import is_outage
 from pipeline.units import Plan, Unit
 
@@ -206,8 +206,7 @@ def _extract(job: _Extract, rows_per_writer: int, num_writers: int, *pieces: Cho
         tuple(map(list, zip(*some, strict=True)))
         for _, some in itertools.groupby(selected, key=lambda each: each[0].read_url)
     ]
-    each = map if storage.is_local(job.units[0].read_url) else storage.several
-    for table in each(partial(_rows_of_shard, job), shards):
+    for table in reader_of(job.units)(partial(_rows_of_shard, job), shards):
         writer_of_row = table["rank"].to_numpy() // rows_per_writer
         for writer in np.unique(writer_of_row).tolist():
             tables[writer].append(table.take(pa.array(np.flatnonzero(writer_of_row == writer))))

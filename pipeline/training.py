@@ -37,7 +37,7 @@ from pipeline.texts import describe_cause
 from pipeline.training_data import Examples
 from pipeline.training_job import TrainJob
 from pipeline.training_loop import StepDone, train
-from pipeline.watching import Progress, TrainingMetrics
+from pipeline.watching import SILENCE, Progress, TrainingMetrics
 
 log = logging.getLogger("cherry")
 
@@ -98,7 +98,8 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     said = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     told: list[CherryError] = []
-    listener = threading.Thread(target=_listen, args=(said, progress, told), daemon=True)
+    broken: list[Exception] = []
+    listener = threading.Thread(target=_listen, args=(said, progress, told, broken), daemon=True)
     listener.start()
     cause = None
     try:
@@ -110,6 +111,8 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
             said.put(None)
             listener.join()
     said.shutdown()
+    if broken:
+        raise broken[0]
     for job in jobs:
         if manifests.find(job.url) is None:
             raise (told[-1] if told else None) or TrainingError(
@@ -121,16 +124,25 @@ def _fit(jobs: list[TrainJob], trainers: Trainers, progress: Progress) -> None:
             ) from cause
 
 
-def _listen(said: Queue, progress: Progress, told: list[CherryError]) -> None:
-    """Hand on what the workers say, and keep the errors since the last step."""
+def _listen(
+    said: Queue, progress: Progress, told: list[CherryError], broken: list[Exception]
+) -> None:
+    """Hand on what the workers say, and keep their errors since the last step.
+
+    A progress that cannot be shown is `broken`, which does not end the training.
+    """
     while (message := said.get()) is not None:
-        if isinstance(message, str):
-            progress.phase(message)
-        elif isinstance(message, StepDone):
-            progress.step(message)
-            told.clear()  # of workers that were replaced since
-        else:
-            told.append(message)
+        try:
+            if isinstance(message, str):
+                progress.phase(message)
+            elif isinstance(message, StepDone):
+                told.clear()  # of workers that were replaced since
+                progress.step(message)
+            else:
+                told.append(message)
+        except Exception as err:  # noqa: BLE001  # raised by the thread that waits
+            broken.append(err)
+            progress = SILENCE
 
 
 def _run(jobs: list[TrainJob], trainers: Trainers, said: Queue) -> None:

@@ -41,6 +41,7 @@ DEADLY = {  # row: what it does
 }
 REASONS = {
     "kill": "ProcessDied: the row takes its process with it",
+    "tokenise-exit": "ProcessDied: the row takes its process with it",
     "raise": "PoisonError",
     "sticky": "PoisonError",
     "memory": "MemoryError",

@@ -125,7 +125,7 @@ def test_rows_of_a_task_are_located() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [([10], [1]), ([300_000] * 3, [2, 1]), ([1] * 150, [64, 64, 22]), ([1] * 32_768, [128] * 256)],
+    [([10], [1]), ([300_000] * 3, [2, 1]), ([1] * 150, [64, 64, 22]), ([1] * 32_768, [256] * 128)],
     ids=["one", "large", "small", "many small"],
 )
 def test_tasks_are_neighbouring_units(sizes: list[int], expected: list[int]) -> None:

@@ -252,7 +252,7 @@ def test_what_would_come_again_is_not_tried_again(
 
     rank = SimpleNamespace(get_context=lambda: SimpleNamespace(get_world_rank=lambda: 0))
     monkeypatch.setattr(training, "ray", SimpleNamespace(train=rank))
-    monkeypatch.setattr(training, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(training, "agreed", lambda _: False)
     monkeypatch.setattr(training.manifests, "find", lambda _: None)
     monkeypatch.setattr(training, "_train_here", fail)
