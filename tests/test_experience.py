@@ -14,10 +14,11 @@ import transformers
 from conftest import ROWS, read_parts, write_parquet
 from sklearn.cluster import KMeans
 
-from pipeline import clustering, run
+from pipeline import clustering, pending, phases, run
 from pipeline.clustering import sample_clusters
 from pipeline.config_training import ExperienceConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError, NotTrainedError
+from pipeline.job import check
 from pipeline.listing import list_objects
 from pipeline.templates import TEXT_TEMPLATES
 
@@ -162,6 +163,23 @@ def test_prompts_that_are_alike_leave_clusters_empty(
 
 
 @pytest.mark.ray
+def test_a_store_that_is_out_is_no_model_that_was_never_trained(
+    config_for: ConfigFor, corpus: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = check(config_for(corpus, experience={"clusters": 2}), selecting=False)
+    with pytest.raises(NotTrainedError):
+        phases.find_experienced_model(checked)
+
+    def fail(_: object) -> None:
+        raise InputError("the store does not answer")
+
+    monkeypatch.setattr(pending, "_left_out", lambda _: [])
+    monkeypatch.setattr(pending.accounting, "audit", fail)
+    with pytest.raises(InputError, match="does not answer") as raised:
+        phases.find_experienced_model(checked)
+    assert not isinstance(raised.value, NotTrainedError)
+
+
 def test_without_the_section_there_is_no_experience(config_for: ConfigFor, corpus: Path) -> None:
     with pytest.raises(ConfigError, match="key 'experience': it is missing"):
         run.experience(config_for(corpus))

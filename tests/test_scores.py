@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scored_corpus import EDGES, FINITE, wanted
 
-from pipeline import listing
+from pipeline import listing, storage
 from pipeline.config_select import Order
 from pipeline.layouts import Columns
 from pipeline.parts import to_parquet
@@ -27,6 +27,7 @@ from pipeline.scores import (
     from_keys,
     read_groups,
     read_scores,
+    reader_of,
     tasks,
     to_bins,
     to_keys,
@@ -138,6 +139,22 @@ def test_tasks_are_neighbouring_units(sizes: list[int], expected: list[int]) -> 
     assert [len(task.units) for task in cut] == expected
     assert [task.first_unit for task in cut] == [0, *np.cumsum(expected)[:-1].tolist()]
     assert [unit for task in cut for unit in task.units] == list(units)
+
+
+@pytest.mark.parametrize(
+    ("url", "sizes", "several"),
+    [
+        ("s3://b/x", [1000, 2000], True),
+        ("s3://b/x", [1000, 9 << 20], False),  # each reader would hold a row group
+        ("/b/x", [1000, 2000], False),
+    ],
+)
+def test_small_shards_of_a_store_are_read_several_at_a_time(
+    url: str, sizes: list[int], several: bool
+) -> None:
+    columns = Columns("alpaca", {})
+    units = [Unit("u", url, url, columns, 0, 1, "fp", "fp", size, "v") for size in sizes]
+    assert (reader_of(units) is storage.several) == several
 
 
 def test_rows_of_a_shard_without_the_column_have_no_group(tmp_path: Path) -> None:

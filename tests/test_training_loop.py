@@ -24,6 +24,7 @@ from pipeline.config_training import LoraConfig, TrainConfig
 from pipeline.errors import ConfigError, ModelError, StorageError, TrainingError
 from pipeline.training_data import Examples
 from pipeline.training_loop import StepDone, train
+from pipeline.watching import Silence
 
 CONFIG = TrainConfig(
     epochs=2, batch_rows=5, learning_rate=1e-2, max_batch_tokens=64, checkpoint_steps=2,
@@ -262,6 +263,22 @@ def test_what_would_come_again_is_not_tried_again(
     with pytest.raises(error) if tried_again else nullcontext():
         training._worker(config)
     assert [type(what) for what in said] == [error]
+
+
+def test_a_progress_that_breaks_hides_nothing_that_workers_say() -> None:
+    lost = TrainingError("its loss is not finite")
+    messages = iter(["training on rows", StepDone(1, 2, 3.0, 4e-5, 5, 6.0), lost, None])
+    said: Any = SimpleNamespace(get=lambda: next(messages))
+    broken: list[Exception] = []
+    told: list[Any] = [ModelError("of workers that were replaced")]
+
+    class Broken(Silence):
+        def step(self, step: StepDone) -> None:
+            raise OSError("the terminal is gone")
+
+    training._listen(said, Broken(), told, broken)
+    assert told == [lost]
+    assert [str(err) for err in broken] == ["the terminal is gone"]
 
 
 @pytest.mark.parametrize("step", ["_train_here", "_publish_files"])
