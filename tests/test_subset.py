@@ -5,6 +5,7 @@ import json
 import os
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -374,6 +375,19 @@ def test_parts_are_shorter_where_rows_are_long(
     assert set(sizes[:-1]) <= {2, 3, 4}
     assert sum(sizes) == 30
     assert read(found)["instruction"].to_pylist() == names
+
+
+@pytest.mark.parametrize("counts", [[1] * 150, [0] * 70 + [3, 0] * 100 + [0] * 9, [5]], ids=len)
+def test_few_rows_of_many_units_are_taken_by_several_tasks(counts: list[int]) -> None:
+    units: Any = tuple(SimpleNamespace(shard_url="shard") for _ in counts)
+    rows = np.array(counts)
+    dealt = subset._deal_units(Plan(units, "scores", {}), rows, {"shard": 10.0})
+    assert [index for some in dealt for index in range(some.start, some.stop)] == [
+        *range(len(rows))
+    ]
+    most = [int((rows[some] > 0).sum()) for some in dealt]
+    assert max(most) <= 64
+    assert len(dealt) == -(-int((rows > 0).sum()) // 64)
 
 
 # Groups
