@@ -76,9 +76,11 @@ def score_units(units: list[Unit], scoring: Scoring) -> Iterator[UnitDone]:
                 "most often the model does not fit the memory. What is scored is kept."
             ) from broken
         if left:
-            log.warning("lost with their process, and tried again: %s", count(len(left), "unit"))
+            log.warning("lost with a process, and tried again: %s", count(len(left), "unit"))
     if left:
-        log.warning("%d units were lost twice: looking for the rows that do it", len(left))
+        log.warning(
+            "lost twice, and looked through for rows that do it: %s", count(len(left), "unit")
+        )
         yield from _isolate(list(left.values()), scoring)
 
 

@@ -103,7 +103,7 @@ def test_deadly_rows_end_as_errors_and_all_others_are_scored(
     for index, (status, reason) in enumerate(found):
         expected = ("error", REASONS[DEADLY[index]]) if index in DEADLY else ("ok", None)
         assert (index, status, reason) == (index, *expected)
-    assert done.stderr.count("lost with their process") >= 2
+    assert done.stderr.count("lost with a process") >= 2
 
     # Nothing is tried again unless asked: a part that exists is a unit that is done.
     again = json.loads(cherry(config, "run", poison={}).stdout)
@@ -142,10 +142,10 @@ def test_units_that_were_read_with_a_deadly_row_are_scored(
     summary = json.loads(done.stdout)
     assert summary["rows_by_status"] == {"error": 1, "ok": len(ROWS) - 1}
     assert statuses(summary["scores_path"])[11] == ("error", REASONS["tokenise-exit"])
-    lost = re.findall(r"(\d+) units? (?:was|were) lost (with|twice)", done.stderr)
-    assert [what for _, what in lost] == ["with", "with", "twice"]
-    assert 2 <= int(lost[0][0]) <= 5  # of five that are read together
-    assert lost[1][0] == lost[2][0] == "1"
+    first, second = re.findall(r"lost with a process, and tried again: (\d+) unit", done.stderr)
+    assert 2 <= int(first) <= 5  # of five that are read together
+    assert second == "1"
+    assert re.findall(r"lost twice, .*: (\d+) unit", done.stderr) == ["1"]
 
 
 def test_a_unit_that_cannot_be_prepared_costs_the_others_of_its_read_nothing(
