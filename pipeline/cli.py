@@ -82,10 +82,8 @@ def run(
     """Score what is new and select; or do the whole method."""
     _do(
         lambda settings, to: commands.run(settings, to, retry_errors=retry_errors),
-        path,
-        overrides,
-        as_json,
-    )
+        path, overrides, as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -98,10 +96,8 @@ def score(
     """Score what is new; select nothing."""
     _do(
         lambda settings, to: commands.score(settings, to, retry_errors=retry_errors),
-        path,
-        overrides,
-        as_json,
-    )
+        path, overrides, as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -149,10 +145,8 @@ def plan(
     """Estimate what a run would score and cost; tokenises a sample."""
     _do(
         lambda settings, to: commands.plan(settings, to, score_rows=score_rows),
-        path,
-        overrides,
-        as_json,
-    )
+        path, overrides, as_json,
+    )  # fmt: skip
 
 
 @app.command()

@@ -176,7 +176,9 @@ def gc(config: Config, all_scores: bool, delete: bool, force: bool) -> Garbage:
         except NotTrainedError:
             log.info("brief experience is yet to come: only embeddings are looked at")
         jobs = [plan(each, measure) for each, measure in asked]
-        whole = [plan(without_max_rows(each), measure) for each, measure in asked]
+        whole = jobs
+        if config.input.max_rows:
+            whole = [plan(without_max_rows(each), measure) for each, measure in asked]
         found = garbage.find(jobs, whole, all_scores=all_scores)
     if delete:
         garbage.delete(found, force=force)
